@@ -1,0 +1,42 @@
+# Everything runs in .venv, made from the pinned constraints.txt; PYTHON chooses the interpreter that makes it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRAS := train,export,dev
+
+.PHONY: help setup demo test quick check format clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+setup: $(VENV)/.installed  ## make .venv with the library, its extras and the tools
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
+	@touch $@
+
+demo: setup  ## train BiFormer on scikit-learn's digits, validate it, draw what it routed to (under 5 minutes, no download)
+	$(BIN)/python tools/train.py configs/digits/biformer_t.yaml --output output --experiment demo
+	$(BIN)/python tools/validate.py --checkpoint output/demo/model_best.safetensors
+	$(BIN)/python tools/demo_picture.py --checkpoint output/demo/model_best.safetensors --out output/demo/routing.png
+
+check: setup  ## formatting, lint, types, import contract, spelling
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/codespell
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+test: check  ## everything: checks and the whole test suite
+	$(BIN)/python -m pytest
+
+quick: check  ## the checks and the tests that take seconds
+	$(BIN)/python -m pytest -m "not slow"
+
+format: setup  ## format and apply the safe fixes
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove what was generated, the environment included
+	rm -rf $(VENV) output build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

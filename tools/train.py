@@ -1,0 +1,19 @@
+"""Train an image classifier: python tools/train.py configs/digits/biformer_t.yaml [--key value ...]."""
+
+import sys
+
+from visionattn.train import TrainConfig, TrainError, parse_config, train
+
+
+def main() -> int:
+    """Run the command line; the exit status is 0, 1 after an error, or 128 + the signal that stopped the run."""
+    try:
+        result = train(parse_config(TrainConfig, sys.argv[1:], "Train an image classifier on accelerate and timm."))
+    except TrainError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 128 + result.stopped_by if result.stopped_by is not None else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

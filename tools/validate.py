@@ -1,0 +1,24 @@
+"""Evaluate a checkpoint: python tools/validate.py --checkpoint output/demo/model_best.safetensors."""
+
+import sys
+
+from visionattn.train import TrainError, ValidateConfig, parse_config, validate
+
+
+def main() -> int:
+    """Run the command line; the exit status is 0, or 1 after an error."""
+    try:
+        result = validate(parse_config(ValidateConfig, sys.argv[1:], "Evaluate an image classifier."))
+    except TrainError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(
+        f"{result['model']} on {result['dataset']} ({result['split']}, {result['samples']:.0f} images): "
+        f"top1 {result['top1']:.2f} %  top5 {result['top5']:.2f} %  loss {result['loss']:.4f}  "
+        f"{result['images_per_second']:.0f} img/s"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

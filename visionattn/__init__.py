@@ -1,0 +1,16 @@
+"""Attention backbones for computer vision. Importing this package registers its models with timm."""
+
+from visionattn.models import CheckpointError, list_models, load_checkpoint
+from visionattn.ops import UnsupportedError, get_impl, set_impl, use_impl
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "UnsupportedError",
+    "get_impl",
+    "list_models",
+    "load_checkpoint",
+    "set_impl",
+    "use_impl",
+]

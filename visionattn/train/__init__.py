@@ -1,0 +1,46 @@
+"""Training and validation of image classifiers on accelerate and timm.
+
+`tools/train.py` and `tools/validate.py` are thin command lines over this package:
+
+    from visionattn.train import TrainConfig, train
+    result = train(TrainConfig(model="biformer_t", dataset="digits", img_size=32, epochs=10))
+"""
+
+from visionattn.train.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    MissingDependencyError,
+    NonFiniteLossError,
+    TrainError,
+    require,
+)
+
+for _module in ("accelerate", "yaml", "tqdm"):
+    require(_module, "visionattn.train")
+
+from visionattn.train.checkpoint import WeightsInfo, load_model, read_info  # noqa: E402 - after the check above
+from visionattn.train.cli import build as build_config  # noqa: E402
+from visionattn.train.cli import parse as parse_config  # noqa: E402
+from visionattn.train.config import TrainConfig, ValidateConfig  # noqa: E402
+from visionattn.train.engine import TrainResult, train  # noqa: E402
+from visionattn.train.validate import validate  # noqa: E402
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "MissingDependencyError",
+    "NonFiniteLossError",
+    "TrainConfig",
+    "TrainError",
+    "TrainResult",
+    "ValidateConfig",
+    "WeightsInfo",
+    "build_config",
+    "load_model",
+    "parse_config",
+    "read_info",
+    "train",
+    "validate",
+]

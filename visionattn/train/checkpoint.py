@@ -1,0 +1,221 @@
+"""Files that a run leaves: weights that say what they are, and states from which it continues.
+
+Weights are safetensors with the model's name, arguments, classes and preprocessing in the header. States are torch
+files, read without executing pickled code. Every file is written beside its place and moved there when complete, so
+a crash or a full disk never damages what was there before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from visionattn.train.build import build_model
+from visionattn.train.errors import CheckpointError
+
+_KEY = "visionattn"  # of our entry in the safetensors header
+_STATES_KEPT = 2  # the newest, and the one before in case the newest cannot be read
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsInfo:
+    """What a weights file says about itself: enough to rebuild the model and to evaluate it."""
+
+    model: str
+    model_kwargs: dict[str, Any]
+    num_classes: int
+    in_chans: int
+    class_names: list[str] | None
+    input_size: list[int]  # channels, height, width
+    interpolation: str
+    mean: list[float]
+    std: list[float]
+    crop_pct: float
+    crop_mode: str
+    dataset: str
+    val_split: str
+    weights: str  # raw or ema
+    epoch: int  # the epoch, counted from 0, after which the weights were saved
+    metrics: dict[str, float]  # on the validation split, of these weights
+    version: str  # of visionattn
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` make a file beside ``path``, then put it in place in one step.
+
+    Raises:
+        CheckpointError: the file could not be written; what was at ``path`` before is still there.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(part)
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch reports a full disk as RuntimeError
+        part.unlink(missing_ok=True)
+        raise CheckpointError(f"could not write {path}: {error}; files written before are intact") from error
+
+
+def save_weights(path: Path, state_dict: Mapping[str, Tensor], info: WeightsInfo) -> None:
+    """Write weights as safetensors with ``info`` in the header; timm loads them as they are.
+
+    Raises:
+        CheckpointError: the file could not be written.
+    """
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
+    header = {"format": "pt", _KEY: json.dumps(dataclasses.asdict(info))}
+    write_atomically(path, lambda part: safetensors.torch.save_file(tensors, part, metadata=header))
+
+
+def read_info(path: str | Path) -> WeightsInfo | None:
+    """Return what a weights file says about itself, ``None`` where it was not written by `save_weights`.
+
+    Raises:
+        CheckpointError: there is no such file, or it is damaged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}")
+    if path.suffix != ".safetensors":
+        return None
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+    if _KEY not in header:
+        return None
+    known = {field.name for field in dataclasses.fields(WeightsInfo)}
+    values = {name: value for name, value in json.loads(header[_KEY]).items() if name in known}
+    missing = known - set(values)
+    if missing:
+        raise CheckpointError(f"the header of {path} lacks {', '.join(sorted(missing))}")
+    return WeightsInfo(**values)
+
+
+def load_model(path: str | Path) -> tuple[nn.Module, WeightsInfo]:
+    """Rebuild the model of a weights file from the file alone.
+
+    Args:
+        path: written by `save_weights`.
+
+    Returns:
+        The model in evaluation mode on the CPU, and the file's information.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or does not say which model it belongs to.
+    """
+    info = read_info(path)
+    if info is None:
+        raise CheckpointError(f"{path} does not say which model it belongs to: give --model NAME")
+    model = build_model(info.model, num_classes=info.num_classes, in_chans=info.in_chans, **info.model_kwargs)
+    load_weights(model, path)
+    return model.eval(), info
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load a safetensors file into a model, strictly.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or belongs to another architecture or number of classes.
+    """
+    if not Path(path).is_file():
+        raise CheckpointError(f"no checkpoint at {path}")
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+    own = model.state_dict()
+    missing, strange = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    shapes = [
+        f"{name} {tuple(tensors[name].shape)} in the file, {tuple(own[name].shape)} in the model"
+        for name in sorted(own.keys() & tensors.keys())
+        if own[name].shape != tensors[name].shape
+    ]
+    problems = [
+        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for what, names in (
+            ("keys missing", missing), ("unexpected keys", strange), ("tensors of another shape", shapes)
+        )
+        if names
+    ]  # fmt: skip
+    if problems:
+        raise CheckpointError(f"{path} does not fit the model {type(model).__name__}: {'; '.join(problems)}")
+    model.load_state_dict(tensors)
+
+
+class StateStore:
+    """The states of a run, in a folder; the newest ones are kept.
+
+    Args:
+        folder: where they lie.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def save(self, state: Mapping[str, Any], update: int) -> None:
+        """Write the state after ``update`` updates, then remove all but the newest ones.
+
+        Raises:
+            CheckpointError: it could not be written; older states are still there.
+        """
+        write_atomically(self.folder / f"update-{update:09d}.pt", lambda part: torch.save(dict(state), part))
+        for old in self.files()[_STATES_KEPT:]:
+            old.unlink()
+
+    def files(self) -> list[Path]:
+        """State files, the newest first."""
+        return sorted(self.folder.glob("update-*.pt"), reverse=True)
+
+    def clear(self) -> None:
+        """Remove all states."""
+        for file in self.files():
+            file.unlink()
+
+    def newest(self, report: Callable[[str], None]) -> dict[str, Any] | None:
+        """Read the newest state that is intact; ``report`` is told of each that is not.
+
+        Returns:
+            The state with its tensors on the CPU, or ``None`` where there are no state files.
+
+        Raises:
+            CheckpointError: there are state files and none can be read.
+        """
+        files = self.files()
+        for file in files:
+            try:
+                return read_state(file)
+            except CheckpointError as error:
+                report(str(error))
+        if files:
+            raise CheckpointError(f"none of the {len(files)} states in {self.folder} can be read")
+        return None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Read one state file.
+
+    Raises:
+        CheckpointError: it is missing or damaged, or holds more than tensors and plain values.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"the state {path} cannot be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(state, dict) or "update" not in state:
+        raise CheckpointError(f"{path} is not a state of a training run")
+    return state

@@ -1,0 +1,107 @@
+"""What a run shows and records: lines, progress bars, `args.yaml`, `summary.csv`, TensorBoard."""
+
+from __future__ import annotations
+
+import csv
+import io
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import timm
+import torch
+from tqdm import tqdm
+
+from visionattn import __version__
+from visionattn.train.checkpoint import write_atomically
+from visionattn.train.cli import to_yaml
+from visionattn.train.errors import require
+
+
+class Report:
+    """Writes to the terminal and to a run's folder; in processes other than the first it does nothing.
+
+    Args:
+        folder: of the run.
+        active: whether this process reports.
+        progress: whether to draw progress bars (on a terminal).
+        tensorboard: whether to write event files.
+        first_update: updates done before, on resuming; later events of an interrupted run are dropped.
+    """
+
+    def __init__(self, folder: Path, *, active: bool, progress: bool, tensorboard: bool, first_update: int) -> None:
+        self.folder, self.active, self.progress = folder, active, progress
+        self.bars = active and progress and sys.stderr.isatty()
+        self._events: Any = None
+        if active and tensorboard:
+            module = require("torch.utils.tensorboard", "--tensorboard")
+            self._events = module.SummaryWriter(str(folder / "tb"), purge_step=first_update or None)
+
+    def line(self, text: str) -> None:
+        """Print a line above the progress bars."""
+        if self.active:
+            tqdm.write(text)
+            sys.stdout.flush()
+
+    def bar(self, label: str, total: int, start: int) -> tqdm[Any]:
+        """A progress bar over updates."""
+        return tqdm(
+            desc=label, total=total, initial=start, leave=False, dynamic_ncols=True, disable=not self.bars,
+            unit="update",
+        )  # fmt: skip
+
+    def scalars(self, values: Mapping[str, float], update: int) -> None:
+        """Record values at an update in the event files."""
+        if self._events is not None:
+            for name, value in values.items():
+                self._events.add_scalar(name, value, update)
+
+    def summary(self, history: Sequence[Mapping[str, Any]]) -> None:
+        """Write `summary.csv`, a row for each epoch so far."""
+        if not self.active or not history:
+            return
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(history[-1]), restval="", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(history)
+        write_atomically(self.folder / "summary.csv", lambda part: part.write_text(text.getvalue()))
+        if self._events is not None:
+            self._events.flush()
+
+    def text(self, name: str, text: str) -> None:
+        """Write a text file of the run."""
+        if self.active:
+            write_atomically(self.folder / name, lambda part: part.write_text(text))
+
+    def close(self) -> None:
+        """End the event files."""
+        if self._events is not None:
+            self._events.close()
+
+
+def describe_run(cfg: Any, device: torch.device, world: int) -> str:
+    """The text of `args.yaml`: every argument, below comments that name versions, device and time."""
+    when = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return to_yaml(
+        cfg,
+        header=[
+            f"visionattn {__version__}, torch {torch.__version__}, timm {timm.__version__}, "
+            f"accelerate {accelerate.__version__}, Python {platform.python_version()}",
+            f"{world} x {device.type} ({name}), {when}",
+        ],
+    )
+
+
+def epoch_line(row: Mapping[str, Any], epochs: int) -> str:
+    """One line about an epoch, from its row of `summary.csv`."""
+    ema = f" (ema {row['eval_ema_top1']:.2f})" if "eval_ema_top1" in row else ""
+    return (
+        f"epoch {row['epoch'] + 1:>3}/{epochs}  loss {row['train_loss']:.4f}  val loss {row['eval_loss']:.4f}  "
+        f"top1 {row['eval_top1']:.2f}{ema}  lr {row['lr']:.2e}  {row['images_per_second']:.0f} img/s  "
+        f"data wait {100 * row['data_wait']:.0f} %  {row['seconds']:.0f} s"
+    )
