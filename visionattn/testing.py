@@ -116,8 +116,10 @@ def check_operator(
     strided = [non_contiguous(x) if x.is_floating_point() and x.ndim else x for x in tensors]
     torch.testing.assert_close(run(*strided), plain, rtol=1e-5, atol=1e-6)
     batch = tensors[0].shape[0]
-    empty = [x[:0] if x.ndim and x.shape[0] == batch and i < 3 or not x.is_floating_point() and x.ndim else x
-             for i, x in enumerate(tensors)]
+    empty = [
+        x[:0] if (x.ndim and x.shape[0] == batch and i < 3) or (not x.is_floating_point() and x.ndim) else x
+        for i, x in enumerate(tensors)
+    ]
     assert run(*empty).shape == (0, *plain.shape[1:]), "an empty batch must give an empty output"
     if compile_backend is not None:
         torch._dynamo.reset()

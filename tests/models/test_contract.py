@@ -266,4 +266,4 @@ def test_every_family_has_a_small_variant() -> None:
 
 def test_names_are_lower_case_and_new_to_timm() -> None:
     assert all(re.fullmatch(r"[a-z0-9]+(_[a-z0-9]+)*", n) for n in NAMES)
-    assert NAMES == sorted(NAMES)
+    assert sorted(NAMES) == NAMES

@@ -91,21 +91,33 @@ class Backbone(OfficialWeights, nn.Module):
 
     # Features
 
-    def _nchw(self, x: Tensor) -> Tensor:
-        return x.permute(0, 3, 1, 2) if self.layout == "NHWC" else x
+    # What goes through the stages is a map, alone. A backbone of tokens overrides these four, and hands the size of
+    # the map that the tokens stand for to every block.
 
-    def _run(self, stage: nn.Module, x: Tensor) -> Tensor:
+    def _embed(self, x: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
+        """Image to what the first stage takes, and the further arguments that every stage gets."""
+        return self.stem(x), ()
+
+    def _run(self, stage: nn.Module, x: Tensor, *args: Any) -> Tensor:
         # A Stage checkpoints its blocks; the blocks of an isotropic backbone are checkpointed here.
         if self.isotropic and self.grad_checkpointing and torch.is_grad_enabled() and not torch.jit.is_scripting():
-            return checkpoint(stage, x)
-        return stage(x)
+            return checkpoint(stage, x, *args)
+        return stage(x, *args)
+
+    def _nchw(self, x: Tensor, *args: Any) -> Tensor:
+        """What a stage returned as a map ``(B, C, H, W)``."""
+        return x.permute(0, 3, 1, 2) if self.layout == "NHWC" else x
+
+    def _final(self, x: Tensor) -> Tensor:
+        """The last stage's output, normed, in the form that `forward_head` takes."""
+        return self._nchw(self.norm(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the normed last map ``(B, num_features, H / reduction, W / reduction)``."""
-        x = self.stem(x)
+        x, args = self._embed(x)
         for stage in self.stages:
-            x = self._run(stage, x)
-        return self._nchw(self.norm(x))
+            x = self._run(stage, x, *args)
+        return self._final(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool and classify what `forward_features` returned."""
@@ -139,16 +151,16 @@ class Backbone(OfficialWeights, nn.Module):
         take, last = feature_take_indices(len(self.stages), indices)
         stages = self.stages[: last + 1] if stop_early else self.stages
         maps = []
-        x = self.stem(x)
+        x, args = self._embed(x)
         for i, stage in enumerate(stages):
-            x = self._run(stage, x)
+            x = self._run(stage, x, *args)
             if i in take:
                 fits = norm and (self.isotropic or i == len(self.stages) - 1)
-                y = self._nchw(self.norm(x) if fits else x)
+                y = self._nchw(self.norm(x) if fits else x, *args)
                 maps.append(y.permute(0, 2, 3, 1) if output_fmt == "NHWC" else y)
         if intermediates_only:
             return maps
-        return self._nchw(self.norm(x)), maps
+        return self._final(x), maps
 
     def prune_intermediate_layers(
         self, indices: Indices = 1, prune_norm: bool = False, prune_head: bool = True
@@ -186,10 +198,11 @@ class Backbone(OfficialWeights, nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return timm's pattern map from parameter names to depth, for layer-wise learning rate decay."""
+        stem = r"^stem|^cls_token|^pos_embed"
         if coarse or self.isotropic:
-            return {"stem": r"^stem", "blocks": [(r"^stages\.(\d+)", None), (r"^norm", (99999,))]}
+            return {"stem": stem, "blocks": [(r"^stages\.(\d+)", None), (r"^norm", (99999,))]}
         return {
-            "stem": r"^stem",
+            "stem": stem,
             "blocks": [
                 (r"^stages\.(\d+)\.blocks\.(\d+)", None),
                 (r"^stages\.(\d+)\.downsample", (0,)),
@@ -203,4 +216,3 @@ class Backbone(OfficialWeights, nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Return the names of parameters that must not decay, besides the biases and norms that timm leaves out."""
         return {name for name, _ in self.named_parameters() if any(key in name for key in self.no_decay)}
-

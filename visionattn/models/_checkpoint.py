@@ -190,7 +190,9 @@ def _handle_classifier(model: nn.Module, state: StateDict, keep: bool | str, pat
                 f"keep_classifier=True to load all but the classifier, or create the model with num_classes={in_file}."
             )
         if in_file and in_model:
-            _logger.warning("%s: classifier of %d classes left out, the model keeps its own of %d", path, in_file, in_model)
+            _logger.warning(
+                "%s: classifier of %d classes left out, the model keeps its own of %d", path, in_file, in_model
+            )
         if keep or not in_model:  # a model without a classifier has no use for one
             for key in (weight, f"{name}.bias"):
                 state.pop(key, None)

@@ -98,9 +98,10 @@ def build_scheduler(optimizer: Optimizer, cfg: TrainConfig, updates_per_epoch: i
     Raises:
         ConfigError: unknown schedule.
     """
+    warmup: Any = cfg.warmup_epochs  # a fraction of an epoch is fine, whatever timm's annotation says
     try:
         scheduler, epochs = create_scheduler_v2(
-            optimizer, sched=cfg.sched, num_epochs=cfg.epochs, warmup_epochs=cfg.warmup_epochs,
+            optimizer, sched=cfg.sched, num_epochs=cfg.epochs, warmup_epochs=warmup,
             warmup_lr=cfg.warmup_lr, min_lr=cfg.min_lr, cooldown_epochs=cfg.cooldown_epochs,
             decay_epochs=cfg.decay_epochs, decay_milestones=list(cfg.decay_milestones), decay_rate=cfg.decay_rate,
             step_on_epochs=not cfg.sched_on_updates, updates_per_epoch=updates_per_epoch,

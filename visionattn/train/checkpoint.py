@@ -14,13 +14,14 @@ import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+import visionattn
 from visionattn.train.build import build_model
 from visionattn.train.errors import CheckpointError
 
@@ -51,8 +52,8 @@ class WeightsInfo:
     version: str  # of visionattn
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` make a file beside ``path``, then put it in place in one step.
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Let ``write`` fill a file beside ``path``, then put it in place in one step.
 
     Raises:
         CheckpointError: the file could not be written; what was at ``path`` before is still there.
@@ -60,11 +61,12 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(part)
-        with part.open("rb+") as file:
+        with part.open("wb") as file:
+            write(file)
+            file.flush()
             os.fsync(file.fileno())
         part.replace(path)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch reports a full disk as RuntimeError
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         part.unlink(missing_ok=True)
         raise CheckpointError(f"could not write {path}: {error}; files written before are intact") from error
 
@@ -77,7 +79,7 @@ def save_weights(path: Path, state_dict: Mapping[str, Tensor], info: WeightsInfo
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
     header = {"format": "pt", _KEY: json.dumps(dataclasses.asdict(info))}
-    write_atomically(path, lambda part: safetensors.torch.save_file(tensors, part, metadata=header))
+    write_atomically(path, lambda file: file.write(safetensors.torch.save(tensors, metadata=header)))
 
 
 def read_info(path: str | Path) -> WeightsInfo | None:
@@ -126,35 +128,21 @@ def load_model(path: str | Path) -> tuple[nn.Module, WeightsInfo]:
     return model.eval(), info
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Load a safetensors file into a model, strictly.
+def load_weights(model: nn.Module, path: str | Path, *, keep_classifier: bool = False) -> None:
+    """Load weights written by this package or published by a model's authors, strictly.
+
+    Args:
+        model: changed only if everything fits.
+        path: the file.
+        keep_classifier: load all but the classifier, for other classes than the file's.
 
     Raises:
-        CheckpointError: the file is missing or damaged, or belongs to another architecture or number of classes.
+        CheckpointError: the file is missing or damaged, holds code, or is of another architecture or class count.
     """
-    if not Path(path).is_file():
-        raise CheckpointError(f"no checkpoint at {path}")
     try:
-        tensors = safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
-    own = model.state_dict()
-    missing, strange = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    shapes = [
-        f"{name} {tuple(tensors[name].shape)} in the file, {tuple(own[name].shape)} in the model"
-        for name in sorted(own.keys() & tensors.keys())
-        if own[name].shape != tensors[name].shape
-    ]
-    problems = [
-        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for what, names in (
-            ("keys missing", missing), ("unexpected keys", strange), ("tensors of another shape", shapes)
-        )
-        if names
-    ]  # fmt: skip
-    if problems:
-        raise CheckpointError(f"{path} does not fit the model {type(model).__name__}: {'; '.join(problems)}")
-    model.load_state_dict(tensors)
+        visionattn.load_checkpoint(model, path, keep_classifier=keep_classifier)
+    except (visionattn.CheckpointError, OSError) as error:
+        raise CheckpointError(str(error)) from error
 
 
 class StateStore:
@@ -173,7 +161,7 @@ class StateStore:
         Raises:
             CheckpointError: it could not be written; older states are still there.
         """
-        write_atomically(self.folder / f"update-{update:09d}.pt", lambda part: torch.save(dict(state), part))
+        write_atomically(self.folder / f"update-{update:09d}.pt", lambda file: torch.save(dict(state), file))
         for old in self.files()[_STATES_KEPT:]:
             old.unlink()
 
@@ -197,13 +185,20 @@ class StateStore:
         """
         files = self.files()
         for file in files:
-            try:
-                return read_state(file)
-            except CheckpointError as error:
-                report(str(error))
+            state, problem = _try_state(file)
+            if state is not None:
+                return state
+            report(f"{problem}; trying the one before")
         if files:
             raise CheckpointError(f"none of the {len(files)} states in {self.folder} can be read")
         return None
+
+
+def _try_state(path: Path) -> tuple[dict[str, Any] | None, str]:
+    try:
+        return read_state(path), ""
+    except CheckpointError as error:
+        return None, str(error)
 
 
 def read_state(path: Path) -> dict[str, Any]:

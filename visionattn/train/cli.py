@@ -39,18 +39,20 @@ def parse(cls: type[C], argv: Sequence[str], description: str) -> C:
     types_of = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     parser = _Parser(
-        description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        description=description, usage="%(prog)s [config.yaml] [--key value ...]", allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=118),
     )  # fmt: skip
     parser.add_argument("config", nargs="?", help="YAML file that sets any of the arguments below")
     for name, field in fields.items():
         kind = types_of[name]
         bare = True if _plain(kind) is bool else field.metadata["bare"]
+        extra: dict[str, Any] = {} if bare is None else {"const": bare}
         parser.add_argument(
             "--" + name.replace("_", "-"), dest=name, metavar=_expected(kind).upper().replace(" ", "_"),
             nargs="*" if typing.get_origin(_plain(kind)) in (tuple, dict) else "?" if bare is not None else None,
-            **({} if bare is None else {"const": bare}),
-            help=f"{field.metadata['help']} [{_show(field)}]".replace("%", "%%"),
+            help=f"{field.metadata['help']}{_show(field)}".replace("%", "%%"),
+            **extra,
         )  # fmt: skip
     known = list(fields)
     tokens = [_normalise(token, types_of) for token in argv]
@@ -67,7 +69,7 @@ def parse(cls: type[C], argv: Sequence[str], description: str) -> C:
     values = read_yaml(file) if file is not None else {}
     for name, value in overrides.items():
         if typing.get_origin(_plain(types_of[name])) is dict:
-            value = {**(values.get(name) or {}), **_pairs(name, value)}  # noqa: PLW2901 - single keys are overridden
+            value = {**(values.get(name) or {}), **_pairs(name, value)}  # single keys are overridden
         values[name] = value
     return build(cls, values, source=str(file) if file else "the command line")
 
@@ -208,10 +210,13 @@ def _expected(kind: Any) -> str:
 
 
 def _show(field: dataclasses.Field[Any]) -> str:
-    value = {} if field.default is dataclasses.MISSING else field.default
+    """The default, for the help."""
+    value = field.default
+    if value is dataclasses.MISSING or value is None or value == "":
+        return ""
     if isinstance(value, tuple):
-        return " ".join(f"{item:.4g}" for item in value)
-    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value) if value != "" else "''"
+        return f" [{' '.join(f'{item:.4g}' for item in value)}]"
+    return f" [{'on' if value else 'off'}]" if isinstance(value, bool) else f" [{value}]"
 
 
 def _normalise(token: str, types_of: Mapping[str, Any]) -> str:

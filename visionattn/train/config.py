@@ -12,13 +12,17 @@ from typing import Any, Literal
 
 from visionattn.train.errors import ConfigError
 
+# ruff: noqa: RUF009 - _arg makes a dataclass field, as dataclasses.field does
+
 
 def _arg(default: Any, text: str, *, bare: Any = None) -> Any:
     """A field with its help; ``bare`` is what `--name` without a value means."""
-    metadata = {"help": text, "bare": bare}
-    if isinstance(default, dict):
-        return dataclasses.field(default_factory=dict, metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata={"help": text, "bare": bare})
+
+
+def _mapping(text: str) -> Any:
+    """A field of key=value pairs, none by default."""
+    return dataclasses.field(default_factory=dict, metadata={"help": text, "bare": None})
 
 
 Amp = Literal["none", "bf16", "fp16"]
@@ -34,11 +38,12 @@ class TrainConfig:
 
     # model
     model: str = _arg("biformer_t", "model name, as for timm.create_model")
-    model_kwargs: dict[str, Any] = _arg({}, "further arguments of the model: --model-kwargs n_win=7 depths=[2,2,2,2]")
+    model_kwargs: dict[str, Any] = _mapping("further arguments of the model: --model-kwargs n_win=7 depths=[2,2,2,2]")
     num_classes: int | None = _arg(None, "classes of the head; default: as many as the training set has")
     in_chans: int = _arg(3, "channels of an input image")
     pretrained: bool = _arg(False, "start from the published weights")
     initial_checkpoint: str | None = _arg(None, "start from the weights in this file (.safetensors, .pth)")
+    keep_classifier: bool = _arg(False, "with initial_checkpoint: load all but the classifier, for other classes")
     drop: float | None = _arg(None, "dropout before the classifier")
     drop_path: float | None = _arg(None, "stochastic depth rate of the last block")
     grad_checkpointing: bool = _arg(False, "recompute activations in the backward pass: less memory, more time")
@@ -102,7 +107,7 @@ class TrainConfig:
     opt: str = _arg("adamw", "optimiser, by timm's name")
     opt_eps: float | None = _arg(None, "the optimiser's epsilon")
     opt_betas: tuple[float, ...] | None = _arg(None, "the optimiser's betas")
-    opt_kwargs: dict[str, Any] = _arg({}, "further arguments of the optimiser")
+    opt_kwargs: dict[str, Any] = _mapping("further arguments of the optimiser")
     momentum: float = _arg(0.9, "momentum, where the optimiser has one")
     weight_decay: float = _arg(0.05, "weight decay; never on biases, norms and what the model exempts")
     layer_decay: float | None = _arg(None, "learning rate factor from each layer to the one below it")
@@ -188,7 +193,7 @@ class ValidateConfig:
 
     checkpoint: str | None = _arg(None, "weights to evaluate: a file written by tools/train.py, or an official one")
     model: str | None = _arg(None, "model name; needed where the checkpoint does not say")
-    model_kwargs: dict[str, Any] = _arg({}, "further arguments of the model: --model-kwargs n_win=7")
+    model_kwargs: dict[str, Any] = _mapping("further arguments of the model: --model-kwargs n_win=7")
     pretrained: bool = _arg(False, "evaluate the published weights of --model")
     num_classes: int | None = _arg(None, "classes of the head")
     dataset: str | None = _arg(None, "digits, torch/<name>, wds/, hfds/<name>; empty: a folder of images")

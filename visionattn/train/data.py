@@ -72,7 +72,7 @@ def open_dataset(
     *,
     training: bool,
     in_chans: int = 3,
-    class_map: str | dict[str, int] | None = None,
+    class_map: Any = None,
     num_samples: int | None = None,
     input_key: str | None = None,
     target_key: str | None = None,
@@ -89,7 +89,7 @@ def open_dataset(
             the root itself.
         training: whether streams are shuffled and repeated.
         in_chans: 1 reads images as grey, 3 as RGB.
-        class_map: class names and their labels, or a text file with one name a line.
+        class_map: a mapping from class names to labels, or a text file with one name a line.
         num_samples: length of a stream, where its own info file does not say.
         input_key: key of the image in shards or tables.
         target_key: key of the label in shards or tables.
@@ -363,16 +363,17 @@ def train_loader(dataset: Any, cfg: TrainConfig, data: DataConfig, *, rank: int,
     Raises:
         DataError: the set is smaller than one global batch.
     """
-    jitter = cfg.color_jitter
+    jitter: Any = cfg.color_jitter
+    scale: Any = cfg.scale
+    ratio: Any = cfg.ratio
     transform = create_transform(
-        data.input_size, is_training=True, no_aug=cfg.no_aug, train_crop_mode=cfg.train_crop_mode, scale=cfg.scale,
-        ratio=cfg.ratio, hflip=cfg.hflip, vflip=cfg.vflip,
+        data.input_size, is_training=True, no_aug=cfg.no_aug, train_crop_mode=cfg.train_crop_mode, scale=scale,
+        ratio=ratio, hflip=cfg.hflip, vflip=cfg.vflip,
         color_jitter=jitter[0] if jitter is not None and len(jitter) == 1 else jitter, auto_augment=cfg.aa,
         interpolation=data.interpolation if cfg.no_aug else cfg.train_interpolation, mean=data.mean, std=data.std,
         re_prob=cfg.reprob, re_mode=cfg.remode, re_count=cfg.recount,
     )  # fmt: skip
     per_update = cfg.batch_size * cfg.grad_accum_steps
-    common: dict[str, Any] = dict(batch_size=cfg.batch_size, num_workers=cfg.workers, pin_memory=pin, drop_last=True)
     if isinstance(dataset, IterableDataset):
         dataset.set_loader_cfg(num_workers=cfg.workers)  # type: ignore[attr-defined]
         count, sampler = len(dataset), None  # type: ignore[arg-type]
@@ -390,7 +391,10 @@ def train_loader(dataset: Any, cfg: TrainConfig, data: DataConfig, *, rank: int,
             f"the training set has {len(dataset)} images, fewer than one update takes "
             f"({cfg.batch_size} x {cfg.grad_accum_steps} accumulated x {world} processes): lower batch_size"
         )
-    return Loader(samples, sampler, count // per_update * cfg.grad_accum_steps, **common)
+    return Loader(
+        samples, sampler, count // per_update * cfg.grad_accum_steps, batch_size=cfg.batch_size,
+        num_workers=cfg.workers, pin_memory=pin, drop_last=True,
+    )  # fmt: skip
 
 
 def val_loader(

@@ -31,11 +31,10 @@ from visionattn.train.build import (
     learning_rate,
     resolve_data,
 )
-from visionattn.train.checkpoint import StateStore, WeightsInfo, load_weights, read_info, read_state, save_weights
+from visionattn.train.checkpoint import StateStore, WeightsInfo, load_weights, read_state, save_weights
 from visionattn.train.config import TrainConfig
 from visionattn.train.data import (
     DataConfig,
-    Loader,
     check_classes,
     class_names,
     name_of,
@@ -129,7 +128,7 @@ class _Run:
             drop_rate=cfg.drop, drop_path_rate=cfg.drop_path, **cfg.model_kwargs,
         )  # fmt: skip
         if cfg.initial_checkpoint is not None:
-            load_any(model, cfg.initial_checkpoint)
+            load_weights(model, cfg.initial_checkpoint, keep_classifier=cfg.keep_classifier)
         self.data = resolve_data(model, cfg, cfg.in_chans)
         if cfg.grad_checkpointing:
             model.set_grad_checkpointing(True)
@@ -487,21 +486,6 @@ class _Run:
 
     def _lr(self) -> float:
         return max(group["lr"] for group in self.optimizer.param_groups)
-
-
-def load_any(model: nn.Module, path: str) -> None:
-    """Load weights written by this package or published by a model's authors, strictly.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, or does not fit the model.
-    """
-    if read_info(path) is not None:
-        load_weights(model, path)
-        return
-    try:
-        visionattn.load_checkpoint(model, path)
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
-        raise CheckpointError(f"cannot load {path} into {type(model).__name__}: {error}") from error
 
 
 def _accelerator(cfg: TrainConfig) -> Accelerator:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+from visionattn import models
+
 
 class TrainError(Exception):
     """Base of every error below."""
@@ -21,7 +23,7 @@ class DataError(TrainError, ValueError):
     """A missing or empty data set, classes that do not match, or too many unreadable images."""
 
 
-class CheckpointError(TrainError, ValueError):
+class CheckpointError(TrainError, models.CheckpointError):
     """A checkpoint that cannot be read, does not fit the model, or could not be written."""
 
 

@@ -68,14 +68,14 @@ class Report:
         writer = csv.DictWriter(text, fieldnames=list(history[-1]), restval="", extrasaction="ignore")
         writer.writeheader()
         writer.writerows(history)
-        write_atomically(self.folder / "summary.csv", lambda part: part.write_text(text.getvalue()))
+        write_atomically(self.folder / "summary.csv", lambda file: file.write(text.getvalue().encode()))
         if self._events is not None:
             self._events.flush()
 
     def text(self, name: str, text: str) -> None:
         """Write a text file of the run."""
         if self.active:
-            write_atomically(self.folder / name, lambda part: part.write_text(text))
+            write_atomically(self.folder / name, lambda file: file.write(text.encode()))
 
     def close(self) -> None:
         """End the event files."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from visionattn.train.checkpoint import WeightsInfo, load_model, load_weights, r
 from visionattn.train.cli import read_yaml
 from visionattn.train.config import ValidateConfig
 from visionattn.train.data import DataConfig, check_classes, class_names, open_dataset, val_loader
-from visionattn.train.engine import load_any
 from visionattn.train.errors import ConfigError
 from visionattn.train.evaluate import Unreadable, evaluate
 
@@ -92,10 +92,8 @@ def _model(cfg: ValidateConfig, info: WeightsInfo | None) -> nn.Module:
     kwargs = {**(info.model_kwargs if info is not None else {}), **cfg.model_kwargs}
     classes = cfg.num_classes if cfg.num_classes is not None else info.num_classes if info is not None else None
     model = build_model(name, pretrained=cfg.pretrained, num_classes=classes, **kwargs)
-    if info is not None:
-        load_weights(model, str(cfg.checkpoint))
-    elif cfg.checkpoint is not None:
-        load_any(model, cfg.checkpoint)
+    if cfg.checkpoint is not None:
+        load_weights(model, cfg.checkpoint)
     return model.eval()
 
 
@@ -106,7 +104,9 @@ def _preprocessing(cfg: ValidateConfig, info: WeightsInfo | None, model: nn.Modu
     saved = {key: getattr(info, key) for key in DataConfig._fields}
     if cfg.img_size is not None:
         saved["input_size"] = [info.in_chans, cfg.img_size, cfg.img_size]
-    filled = {key: tuple(v) if isinstance(v, list) else v for key, v in saved.items() if getattr(cfg, key) is None}
+    filled: dict[str, Any] = {
+        key: tuple(v) if isinstance(v, list) else v for key, v in saved.items() if getattr(cfg, key) is None
+    }
     return resolve_data(model, dataclasses.replace(cfg, **filled), info.in_chans)
 
 
@@ -117,13 +117,12 @@ def _remembered_data_dir(cfg: ValidateConfig) -> str | None:
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:
-    def write(part: Path) -> None:
-        if path.suffix == ".json":
-            part.write_text(json.dumps(result, indent=2) + "\n")
-            return
-        with part.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(result))
-            writer.writeheader()
-            writer.writerow(result)
-
-    write_atomically(path, write)
+    if path.suffix == ".json":
+        text = json.dumps(result, indent=2) + "\n"
+    else:
+        table = io.StringIO()
+        writer = csv.DictWriter(table, fieldnames=list(result))
+        writer.writeheader()
+        writer.writerow(result)
+        text = table.getvalue()
+    write_atomically(path, lambda file: file.write(text.encode()))

@@ -115,9 +115,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float) -> Tensor:
 
 
 @torch.library.register_fake("visionattn::routed_attention_chunked_backward")
-def _(
-    q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float, dout: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
