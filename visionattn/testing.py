@@ -30,18 +30,16 @@ def non_contiguous(x: Tensor) -> Tensor:
 @contextmanager
 def poisoned() -> Iterator[None]:
     """Fill fresh memory with NaN, so that an element which a kernel forgot to write shows."""
-    deterministic, warn = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    mode: Any = torch.utils.deterministic  # its switch is a property of the module
+    fill = mode.fill_uninitialized_memory
+    on, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    mode.fill_uninitialized_memory = True
     try:
         yield
     finally:
-        torch.utils.deterministic.fill_uninitialized_memory = fill
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn)
+        mode.fill_uninitialized_memory = fill
+        torch.use_deterministic_algorithms(on, warn_only=warn)
 
 
 def value_and_grads(run: Run, tensors: Sequence[Tensor], dtype: torch.dtype, seed: int = 1) -> list[Tensor]:
@@ -94,32 +92,34 @@ def assert_within_budget(
 
 
 def check_operator(
-    run: Callable[..., Tensor],
-    reference: Callable[..., Tensor],
+    run: Run,
+    reference: Run,
     tensors: Sequence[Tensor],
     *,
+    batched: Sequence[bool] = (),
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
     compile_backend: str | None = "aot_eager",
 ) -> None:
     """All that every implementation must pass: budget, non-contiguous inputs, empty batch, full-graph compile.
 
     Args:
-        run: The implementation, a function of ``tensors`` (the first axis of each is the batch unless it is smaller).
+        run: The implementation, a function of ``tensors``.
         reference: The definition.
-        tensors: One set of inputs, batch first.
+        tensors: One set of inputs.
+        batched: Which of them have a batch axis, which is the first; all if empty.
         dtypes: Precisions to hold to the budget.
         compile_backend: Backend for ``torch.compile(fullgraph=True)``; None leaves it out.
+
+    Raises:
+        AssertionError: a check failed; the message says which.
     """
     for dtype in dtypes:
         assert_within_budget(run, reference, tensors, dtype=dtype)
     plain = run(*tensors)
     strided = [non_contiguous(x) if x.is_floating_point() and x.ndim else x for x in tensors]
     torch.testing.assert_close(run(*strided), plain, rtol=1e-5, atol=1e-6)
-    batch = tensors[0].shape[0]
-    empty = [
-        x[:0] if (x.ndim and x.shape[0] == batch and i < 3) or (not x.is_floating_point() and x.ndim) else x
-        for i, x in enumerate(tensors)
-    ]
+    has_batch = batched or [True] * len(tensors)
+    empty = [x[:0] if yes else x for x, yes in zip(tensors, has_batch, strict=True)]
     assert run(*empty).shape == (0, *plain.shape[1:]), "an empty batch must give an empty output"
     if compile_backend is not None:
         torch._dynamo.reset()

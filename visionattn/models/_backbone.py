@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from visionattn.models._checkpoint import OfficialWeights
 
-Indices = int | Sequence[int] | None
+Indices = int | list[int] | None
 
 
 class Stage(nn.Module):
@@ -64,9 +64,10 @@ class Backbone(OfficialWeights, nn.Module):
     isotropic: ClassVar[bool] = False  # every entry of stages is a block, at one size and width
     no_decay: ClassVar[tuple[str, ...]] = ()  # parameters whose name holds one of these get no weight decay
 
-    stem: nn.Module
+    stem: Any
     stages: nn.ModuleList
     norm: nn.Module
+    head: Any
 
     def __init__(
         self,

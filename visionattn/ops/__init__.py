@@ -1,11 +1,12 @@
 """The mathematics of each attention operator, as functions on tensors."""
 
-from visionattn.ops._dispatch import Impl, UnsupportedError, get_impl, set_impl, use_impl
+from visionattn.ops._dispatch import IMPLS, Impl, UnsupportedError, get_impl, set_impl, use_impl
 from visionattn.ops.routed_attention import routed_attention, topk_regions
 
 OPERATORS = ("routed_attention",)  # folders of this package, each with its IMPLS
 
 __all__ = [
+    "IMPLS",
     "OPERATORS",
     "Impl",
     "UnsupportedError",

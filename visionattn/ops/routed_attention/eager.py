@@ -29,14 +29,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, index: Tensor, grid: tuple[int, int
     """Attend by mask or by chunks, whichever suits the shape."""
     B, _, H, W, _ = q.shape
     P, topk = index.shape[1:]
-    regions = [to_regions(x, grid) for x in (q, k, v)]
     mask_bytes = B * (H * W) ** 2 * q.element_size()
+    q, k, v = (to_regions(x, grid) for x in (q, k, v))  # (B, h, P, T, d)
     if topk == P:  # every region is routed to: plain attention
-        out = F.scaled_dot_product_attention(*(x.flatten(2, 3) for x in regions), scale=scale)
+        q, k, v = (x.flatten(2, 3) for x in (q, k, v))  # (B, h, P * T, d)
+        out = F.scaled_dot_product_attention(q, k, v, scale=scale)
     elif DENSE_COVER * topk >= P and mask_bytes <= CHUNK_BYTES:
-        out = _masked(*regions, index, scale)
+        out = _masked(q, k, v, index, scale)
     else:
-        out = _chunked(*(x.contiguous() for x in regions), index, scale)
+        out = _chunked(q.contiguous(), k.contiguous(), v.contiguous(), index, scale)
     return to_map(out, grid, (H, W))
 
 
@@ -103,7 +104,7 @@ def _chunks(q: Tensor, v: Tensor, index: Tensor) -> Iterator[tuple[range, Tensor
     base = torch.arange(B * h, device=index.device).view(B, h, 1, 1) * P
     picked = (index[:, None] + base).view(B * h * P, topk)  # (rows, topk)
     row_bytes = topk * T * (d + v.shape[-1] + 2 * T) * q.element_size()
-    step = max(1, CHUNK_BYTES // max(1, row_bytes))
+    step = max(1, CHUNK_BYTES // row_bytes)
     for start in range(0, B * h * P, step):
         stop = min(start + step, B * h * P)
         yield range(start, stop), picked[start:stop].reshape(-1)

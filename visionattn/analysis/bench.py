@@ -1,0 +1,196 @@
+"""Side-by-side measurements in one process: time as a ratio with its spread, peak memory, and where it was measured."""
+
+import gc
+import importlib
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from visionattn import __version__
+from visionattn.ops import OPERATORS
+
+Run = Callable[..., Tensor]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operator at one shape.
+
+    Attributes:
+        operator: Its name.
+        shape: What a reader recognises, such as ``"BiFormer-S stage 3 at 224"``.
+        inputs: Makes the tensors on the CPU in float32; floating ones are cast, moved, and get gradients.
+        run: The operator as the library runs it, a function of the tensors.
+        published: The authors' formulation, a function of the same tensors with the same result.
+        others: What else a user would pick, by name.
+    """
+
+    operator: str
+    shape: str
+    inputs: Callable[[], Sequence[Tensor]]
+    run: Run
+    published: Run
+    others: Mapping[str, Run] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of one contestant: times in ms, memory in MB, ratios against the authors' formulation."""
+
+    operator: str
+    shape: str
+    contestant: str
+    direction: str  # "forward" or "forward+backward"
+    dtype: str
+    ms: float
+    speedup: float  # median over rounds of (authors' time / own time)
+    speedup_low: float
+    speedup_high: float
+    peak_mb: float  # most memory held at once beyond what was held before the call
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Describe where and with what something is measured."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
+        cpu = names[0] if names else cpu
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "visionattn": __version__,
+        "python": platform.python_version(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+    }
+
+
+def operator_cases(names: Sequence[str] = ()) -> list[Case]:
+    """Return the cases of the named operators (all if none), in the order of `visionattn.ops.OPERATORS`.
+
+    Raises:
+        ValueError: there is no such operator.
+    """
+    unknown = set(names) - set(OPERATORS)
+    if unknown:
+        raise ValueError(f"no operator named {', '.join(sorted(unknown))}; there are: {', '.join(OPERATORS)}")
+    modules = [
+        importlib.import_module(f"visionattn.analysis.operators.{name}")
+        for name in OPERATORS
+        if not names or name in names
+    ]
+    return [case for module in modules for case in module.cases()]
+
+
+def measure(case: Case, *, device: str = "cpu", dtype: str = "fp32", rounds: int = 7) -> list[Row]:
+    """Check that all contestants agree, then time them in turn, round by round.
+
+    Raises:
+        AssertionError: a contestant does not compute what the authors' formulation computes; nothing is timed then.
+    """
+    contestants = {"published": case.published, "visionattn": case.run, **case.others}
+    tensors = [x.to(device, DTYPES[dtype]) if x.is_floating_point() else x.to(device) for x in case.inputs()]
+    exact = case.published(*[x.double() if x.is_floating_point() else x for x in tensors])
+    for name, run in contestants.items():
+        off = ((run(*tensors).double() - exact).abs().max() / exact.abs().max().clamp(min=1e-12)).item()
+        budget = 1e-4 if dtype == "fp32" else 0.05
+        if not off <= budget:
+            raise AssertionError(f"{case.operator}, {case.shape}: {name} is off by {off:.1e} of the largest value")
+    rows = []
+    for direction in ("forward", "forward+backward"):
+        calls = {name: _call(run, tensors, direction) for name, run in contestants.items()}
+        peaks = {name: peak_bytes(call, device) for name, call in calls.items()}  # also the warm-up
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for round_number in range(rounds + 1):
+            for name, call in calls.items():
+                took = seconds(call, device)
+                if round_number:  # the first round warms up
+                    times[name].append(took)
+        for name, own in times.items():
+            ratios = sorted(a / b for a, b in zip(times["published"], own, strict=True))
+            rows.append(
+                Row(
+                    case.operator,
+                    case.shape,
+                    name,
+                    direction,
+                    dtype,
+                    ms=round(statistics.median(own) * 1e3, 4),
+                    speedup=round(statistics.median(ratios), 2),
+                    speedup_low=round(ratios[len(ratios) // 4], 2),
+                    speedup_high=round(ratios[-1 - len(ratios) // 4], 2),
+                    peak_mb=round(peaks[name] / 2**20, 2),
+                )
+            )
+    return rows
+
+
+def _call(run: Run, tensors: Sequence[Tensor], direction: str) -> Callable[[], object]:
+    if direction == "forward":
+
+        def forward() -> object:
+            with torch.no_grad():
+                return run(*tensors)
+
+        return forward
+    leaves = [x.detach().requires_grad_() if x.is_floating_point() else x for x in tensors]
+    wanted = [x for x in leaves if x.requires_grad]
+
+    def both() -> object:
+        return torch.autograd.grad(run(*leaves).sum(), wanted)
+
+    return both
+
+
+def seconds(call: Callable[[], object], device: str, at_least: float = 0.02) -> float:
+    """Return the time of one call, as the mean over enough calls to fill ``at_least`` seconds."""
+    count, start = 0, time.perf_counter()
+    while True:
+        call()
+        count += 1
+        if device == "cuda":
+            torch.cuda.synchronize()
+        took = time.perf_counter() - start
+        if took >= at_least:
+            return took / count
+
+
+def peak_bytes(call: Callable[[], object], device: str) -> int:
+    """Return the most bytes of tensors held at once during one call, beyond those held before it."""
+    call()
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as prof:
+        call()
+    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def as_dicts(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return rows as plain dictionaries, for JSON."""
+    return [asdict(row) for row in rows]
