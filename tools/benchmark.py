@@ -26,9 +26,8 @@ def main() -> None:
         parser.error(f"no case has {args.shape!r} in its shape")
     where = bench.machine(args.device)
     print(", ".join(f"{k} {v}" for k, v in where.items()))
-    print(
-        f"{'operator, shape':58} {'contestant':16} {'direction':17} {'ms':>10} {'speed-up (quartiles)':>24} {'peak MB':>9}"
-    )
+    head = ("operator, shape", "contestant", "direction", "ms", "speed-up (quartiles)", "peak MB")
+    print("{:58} {:16} {:17} {:>10} {:>24} {:>9}".format(*head))
     rows = []
     for case in cases:
         for row in bench.measure(case, device=args.device, dtype=args.dtype, rounds=args.rounds):

@@ -10,15 +10,16 @@ from visionattn import __version__
 from visionattn.ops import IMPLS, OPERATORS
 from visionattn.ops._dispatch import missing
 
-PACKAGES = (
-    "torch", "timm", "torchvision", "triton", "natten", "accelerate", "onnxruntime", "mmengine", "mmcv", "mmdet", "mmsegmentation",
-)  # fmt: skip
+PACKAGES = {  # by the name of the distribution
+    **{name: name for name in ("torch", "timm", "torchvision", "triton", "natten", "accelerate", "onnxruntime")},
+    **{name: f"onedl-{name}" for name in ("mmengine", "mmcv", "mmdetection", "mmsegmentation")},
+}
 
 
 def report() -> str:
     """Return the whole report as text."""
     lines = [f"visionattn {__version__}, Python {platform.python_version()}, {platform.platform()}", "", "packages"]
-    lines += [f"  {name:16} {_version(name)}" for name in PACKAGES]
+    lines += [f"  {name:16} {_version(distribution)}" for name, distribution in PACKAGES.items()]
     lines += ["", "devices", f"  cpu              {torch.get_num_threads()} threads"]
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)
@@ -36,13 +37,11 @@ def report() -> str:
     return "\n".join(lines)
 
 
-def _version(package: str) -> str:
-    for distribution in (package, f"onedl-{package}"):
-        try:
-            return importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return "not installed"
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ class RoutingAttention(nn.Module):
 
     - ``padding="input"``: ``n_win x n_win`` regions. The input is zero-padded at the bottom and right before the
       projection, so that padded tokens are keys that equal the bias, and count in the routing.
-    - ``padding="qkv"``: regions of ``H // n_win x W // n_win`` tokens (one at least), as many as cover the map. Queries,
-      keys and values are zero-padded after the projection; padded tokens are keys of logit 0 that do not count in
-      the routing.
+    - ``padding="qkv"``: regions of ``H // n_win x W // n_win`` tokens (one at least), as many as cover the map.
+      Queries, keys and values are zero-padded after the projection; padded tokens are keys of logit 0 that do not
+      count in the routing.
 
     Args:
         dim: Channels.
