@@ -19,20 +19,20 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: setup  ## train BiFormer on scikit-learn's digits, validate it, draw what it routed to (under 5 minutes, no download)
 	$(BIN)/python tools/train.py configs/digits/biformer_t.yaml --output output --experiment demo
 	$(BIN)/python tools/validate.py --checkpoint output/demo/model_best.safetensors
-	$(BIN)/python tools/demo_picture.py --checkpoint output/demo/model_best.safetensors --out output/demo/routing.png
+	$(BIN)/python tools/draw_routing.py --checkpoint output/demo/model_best.safetensors --out output/demo/routing.png
 
 check: setup  ## formatting, lint, types, import contract, spelling
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/codespell
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
 
 test: check  ## everything: checks and the whole test suite
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 quick: check  ## the checks and the tests that take seconds
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
 format: setup  ## format and apply the safe fixes
 	$(BIN)/ruff format .

@@ -55,26 +55,35 @@ class RoutingAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         _, H, W, _ = x.shape
-        n = self.n_win
-        if self.padding == "input":
-            grid = (n, n)
-            x = F.pad(x, (0, 0, 0, -W % n, 0, -H % n))
-            qkv = self.qkv(x)
-            lepe = self.lepe(qkv.chunk(3, dim=-1)[2])
-            q, k, v = self._heads(qkv)
-            index = topk_regions(q, k, grid=grid, topk=self.topk)
-        else:
-            h, w = max(1, H // n), max(1, W // n)
-            grid = (-(-H // h), -(-W // w))
-            qkv = self.qkv(x)
-            lepe = self.lepe(qkv.chunk(3, dim=-1)[2])
-            q, k, v = self._heads(F.pad(qkv, (0, 0, 0, -W % w, 0, -H % h)))
-            index = topk_regions(q, k, grid=grid, topk=self.topk, valid=(H, W))
+        qkv, lepe, grid = self._project(x)
+        q, k, v = self._heads(qkv)
+        index = self._route(q, k, grid, (H, W))
         y = routed_attention(q, k, v, index, grid=grid, scale=self.scale, impl=self.impl)  # (B, h, H', W', d)
         y = y.permute(0, 2, 3, 1, 4).flatten(3)  # (B, H', W', C)
         if self.padding == "qkv":
             y = y[:, :H, :W]
         return self.proj(y + lepe)[:, :H, :W]
+
+    def route(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Return the regions ``(B, P, topk)`` that each region of ``x (B, H, W, C)`` attends to, and the grid."""
+        qkv, _, grid = self._project(x)
+        q, k, _ = self._heads(qkv)
+        return self._route(q, k, grid, (x.shape[1], x.shape[2])), grid
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """Return q, k and v ``(B, H', W', 3C)`` on the padded map, the convolved values, and the grid."""
+        H, W = x.shape[1:3]
+        n = self.n_win
+        if self.padding == "input":
+            qkv = self.qkv(F.pad(x, (0, 0, 0, -W % n, 0, -H % n)))
+            return qkv, self.lepe(qkv.chunk(3, dim=-1)[2]), (n, n)
+        h, w = max(1, H // n), max(1, W // n)
+        qkv = self.qkv(x)
+        lepe = self.lepe(qkv.chunk(3, dim=-1)[2])
+        return F.pad(qkv, (0, 0, 0, -W % w, 0, -H % h)), lepe, (-(-H // h), -(-W // w))
+
+    def _route(self, q: Tensor, k: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+        return topk_regions(q, k, grid=grid, topk=self.topk, valid=size if self.padding == "qkv" else None)
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         B, H, W, _ = qkv.shape

@@ -1,0 +1,51 @@
+"""A few validation images with the model of a checkpoint, for looking at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from timm.data import create_transform
+from torch import Tensor, nn
+
+from visionattn.train.checkpoint import load_model
+from visionattn.train.cli import read_yaml
+from visionattn.train.data import DataConfig, open_dataset
+
+
+class Samples(NamedTuple):
+    """Images as the model takes them and as a person sees them."""
+
+    model: nn.Module
+    inputs: Tensor  # (B, C, H, W)
+    images: list[Any]  # PIL, cropped as the model sees them
+    labels: list[int]
+    class_names: list[str] | None
+
+
+def validation_samples(checkpoint: Path, *, count: int, data_dir: str | None = None) -> Samples:
+    """Take ``count`` images spread over the validation set that a checkpoint was validated on.
+
+    Args:
+        checkpoint: Weights that `visionattn.train.train` wrote.
+        count: Images to take; all there are, if fewer.
+        data_dir: The data set's folder; that of the training run if None.
+
+    Raises:
+        TrainError: the checkpoint or the data set cannot be opened; the message says why.
+    """
+    model, info = load_model(checkpoint)
+    beside = checkpoint.parent / "args.yaml"
+    if data_dir is None and beside.is_file():
+        data_dir = read_yaml(beside).get("data_dir")
+    data = DataConfig(**{key: getattr(info, key) for key in DataConfig._fields})
+    dataset = open_dataset(info.dataset, data_dir, info.val_split, training=False, in_chans=info.in_chans)
+    transform: Any = create_transform(tuple(data.input_size), **{k: v for k, v in data._asdict().items() if k != "input_size"})
+    picks = [int(i) for i in torch.linspace(0, len(dataset) - 1, min(count, len(dataset)))]
+    items = [dataset[i] for i in picks]
+    inputs = torch.stack([transform(image) for image, _ in items])
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (data.mean, data.std))
+    shown = (inputs * std + mean).clamp(0, 1)  # (B, C, H, W)
+    images = [x.permute(1, 2, 0).squeeze(-1).numpy() for x in shown]
+    return Samples(model, inputs, images, [int(label) for _, label in items], info.class_names)
