@@ -1,18 +1,40 @@
 """The mathematics of each attention operator, as functions on tensors."""
 
 from visionattn.ops._dispatch import IMPLS, Impl, UnsupportedError, get_impl, set_impl, use_impl
+from visionattn.ops.aggregated_attention import aggregated_attention
+from visionattn.ops.channel_attention import channel_attention
+from visionattn.ops.clipped_softmax_attention import clipped_softmax_attention
+from visionattn.ops.gated_positional_attention import gated_positional_attention
+from visionattn.ops.infinite_attention import infinite_attention
 from visionattn.ops.linear_attention import linear_attention
+from visionattn.ops.neighborhood_attention import neighborhood_attention
 from visionattn.ops.routed_attention import routed_attention, topk_regions
 
-OPERATORS = ("linear_attention", "routed_attention")  # folders of this package, each with its IMPLS
+# Folders of this package, each with its IMPLS.
+OPERATORS = (
+    "aggregated_attention",
+    "channel_attention",
+    "clipped_softmax_attention",
+    "gated_positional_attention",
+    "infinite_attention",
+    "linear_attention",
+    "neighborhood_attention",
+    "routed_attention",
+)
 
 __all__ = [
     "IMPLS",
     "OPERATORS",
     "Impl",
     "UnsupportedError",
+    "aggregated_attention",
+    "channel_attention",
+    "clipped_softmax_attention",
+    "gated_positional_attention",
     "get_impl",
+    "infinite_attention",
     "linear_attention",
+    "neighborhood_attention",
     "routed_attention",
     "set_impl",
     "topk_regions",
