@@ -1,0 +1,23 @@
+"""Walk over an attention matrix in tiles that fit a cache, without ever holding the whole of it."""
+
+from collections.abc import Iterator
+
+TILE_BYTES = 2**20  # of scores at a time; two or three such buffers live in a core's second-level cache
+
+
+def tiles(groups: int, queries: int, keys: int, itemsize: int) -> Iterator[tuple[slice, slice]]:
+    """Yield ``(groups, queries)`` slices that cover a ``(groups, queries, keys)`` matrix.
+
+    Every tile holds all keys: some whole groups (a batch item's head each) where one fits, else a run of one group's
+    queries.
+    """
+    row = max(1, keys * itemsize)
+    if queries * row <= TILE_BYTES:
+        step = max(1, TILE_BYTES // max(1, queries * row))
+        for start in range(0, groups, step):
+            yield slice(start, min(start + step, groups)), slice(0, queries)
+        return
+    step = max(1, TILE_BYTES // row)
+    for group in range(groups):
+        for start in range(0, queries, step):
+            yield slice(group, group + 1), slice(start, min(start + step, queries))

@@ -1,0 +1,144 @@
+"""Fast plain PyTorch: exact, in tiles of queries that see all keys; the backward pass computes the tiles again.
+
+Clipping is one soft shrinkage: ``clip((zeta - gamma) p + gamma, 0, 1) = (zeta - gamma) min(relu(p - low), width)`` with
+``low = -gamma / (zeta - gamma)`` and ``width = 1 / (zeta - gamma)``, and the factor moves to the output.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from visionattn.ops._dispatch import exporting
+from visionattn.ops._tiles import tiles
+
+
+def why_not(q: Tensor, k: Tensor, v: Tensor, gamma: float, zeta: float, scale: float) -> str | None:
+    """Everything runs, but the tile loop cannot be exported."""
+    return "its tile loop is opaque to exporters" if exporting() else None
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, gamma: float, zeta: float, scale: float) -> Tensor:
+    """Attend in tiles; without clipping, leave it to PyTorch."""
+    if gamma == 0 and zeta == 1:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return _tiled(q, k, v, gamma, zeta, scale)
+
+
+# The tile loop is opaque to compilers: its trip count depends on the shape and must not be unrolled.
+torch.library.define(
+    "visionattn::clipped_softmax_attention_tiled",
+    "(Tensor q, Tensor k, Tensor v, float gamma, float zeta, float scale) -> Tensor",
+)
+torch.library.define(
+    "visionattn::clipped_softmax_attention_tiled_backward",
+    "(Tensor q, Tensor k, Tensor v, float gamma, float zeta, float scale, Tensor dout) -> (Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl("visionattn::clipped_softmax_attention_tiled", "default")
+def _forward_op(q: Tensor, k: Tensor, v: Tensor, gamma: float, zeta: float, scale: float) -> Tensor:
+    B, h, N, _ = q.shape
+    exact = torch.promote_types(q.dtype, torch.float32)
+    queries, keys, values = _groups(q * scale, exact), _groups(k, exact), _groups(v, exact)
+    out = queries.new_empty(B * h, N, v.shape[-1])
+    buffers = _buffers(queries, keys, 2)
+    for group, rows in tiles(B * h, N, k.shape[2], queries.element_size()):
+        logits, attn = _views(buffers, queries[group, rows], keys)
+        _softmax(queries[group, rows], keys[group], logits, attn)
+        _clip(attn, gamma, zeta, out=logits)
+        torch.bmm(logits, values[group], out=out[group, rows])
+    out *= zeta - gamma
+    return out.view(B, h, N, v.shape[-1]).to(v.dtype)
+
+
+@torch.library.impl("visionattn::clipped_softmax_attention_tiled_backward", "default")
+def _backward_op(
+    q: Tensor, k: Tensor, v: Tensor, gamma: float, zeta: float, scale: float, dout: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, h, N, _ = q.shape
+    exact = torch.promote_types(q.dtype, torch.float32)
+    queries, keys, values = _groups(q * scale, exact), _groups(k, exact), _groups(v, exact)
+    grads = _groups(dout, exact) * (zeta - gamma)
+    dq = torch.empty_like(queries)
+    dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
+    buffers = _buffers(queries, keys, 3)
+    for group, rows in tiles(B * h, N, k.shape[2], queries.element_size()):
+        attn, clipped, dattn = _views(buffers, queries[group, rows], keys)
+        _softmax(queries[group, rows], keys[group], clipped, attn)
+        _clip(attn, gamma, zeta, out=clipped)
+        dv[group].baddbmm_(clipped.transpose(1, 2), grads[group, rows])
+        torch.bmm(grads[group, rows], values[group].transpose(1, 2), out=dattn)
+        low, high = -gamma / (zeta - gamma), (1 - gamma) / (zeta - gamma)
+        torch.ops.aten.softshrink_backward.grad_input(dattn, attn, low, grad_input=clipped)
+        if zeta > 1:
+            clipped.masked_fill_(attn > high, 0.0)
+        torch.ops.aten._softmax_backward_data.out(clipped, attn, -1, exact, grad_input=dattn)
+        torch.bmm(dattn, keys[group], out=dq[group, rows])
+        dk[group].baddbmm_(dattn.transpose(1, 2), queries[group, rows])
+    dq *= scale
+    return dq.view(q.shape).to(q.dtype), dk.view(k.shape).to(k.dtype), dv.view(v.shape).to(v.dtype)
+
+
+def _groups(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``(B, h, N, d)`` to contiguous ``(B * h, N, d)``."""
+    return x.to(dtype).contiguous().flatten(0, 1)
+
+
+def _buffers(queries: Tensor, keys: Tensor, count: int) -> Tensor:
+    """Memory for the largest tile of scores, taken once: ``(count, elements)``."""
+    groups, N, _ = queries.shape
+    first = next(tiles(groups, N, keys.shape[1], queries.element_size()), (slice(0, 0), slice(0, 0)))
+    return queries.new_empty(count, first[0].stop * first[1].stop * keys.shape[1])
+
+
+def _views(buffers: Tensor, queries: Tensor, keys: Tensor) -> list[Tensor]:
+    """The buffers, cut to a tile's ``(groups, queries, keys)``."""
+    shape = (*queries.shape[:2], keys.shape[1])
+    return [b[: shape[0] * shape[1] * shape[2]].view(shape) for b in buffers]
+
+
+def _softmax(queries: Tensor, keys: Tensor, logits: Tensor, out: Tensor) -> None:
+    torch.bmm(queries, keys.transpose(1, 2), out=logits)
+    torch.ops.aten._softmax.out(logits, -1, False, out=out)
+
+
+def _clip(attn: Tensor, gamma: float, zeta: float, out: Tensor) -> None:
+    """Clipped probabilities over ``zeta - gamma``."""
+    torch.ops.aten.softshrink.out(attn, -gamma / (zeta - gamma), out=out)
+    if zeta > 1:
+        out.clamp_(max=1 / (zeta - gamma))
+
+
+@torch.library.register_fake("visionattn::clipped_softmax_attention_tiled")
+def _(q: Tensor, k: Tensor, v: Tensor, gamma: float, zeta: float, scale: float) -> Tensor:
+    return v.new_empty(*q.shape[:-1], v.shape[-1])
+
+
+@torch.library.register_fake("visionattn::clipped_softmax_attention_tiled_backward")
+def _(
+    q: Tensor, k: Tensor, v: Tensor, gamma: float, zeta: float, scale: float, dout: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+class _Tiled(torch.autograd.Function):
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, gamma: float, zeta: float, scale: float) -> Tensor:
+        return torch.ops.visionattn.clipped_softmax_attention_tiled(q, k, v, gamma, zeta, scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.gamma, ctx.zeta, ctx.scale = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        options = ctx.gamma, ctx.zeta, ctx.scale
+        grads = torch.ops.visionattn.clipped_softmax_attention_tiled_backward(*ctx.saved_tensors, *options, dout)
+        return *grads, None, None, None
+
+
+_tiled = _Tiled.apply

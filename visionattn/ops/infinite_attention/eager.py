@@ -1,0 +1,145 @@
+"""Fast plain PyTorch.
+
+Pure form: the normaliser is one number a head, so the squared norm and the weighted sum accumulate together, tile by
+tile, and the division comes last. The backward pass computes the tiles again instead of keeping them: only q, k, v,
+the output and the norms are saved.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visionattn.ops._dispatch import exporting
+from visionattn.ops._tiles import tiles
+
+
+def why_not(q: Tensor, k: Tensor, v: Tensor, rho: Tensor, form: str, scale: float, eps: float) -> str | None:
+    """Everything runs, but the pure form's tile loop cannot be exported."""
+    return "its tile loop is opaque to exporters" if form == "pure" and exporting() else None
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, rho: Tensor, form: str, scale: float, eps: float) -> Tensor:
+    """Accumulate over tiles, or score by the mean query."""
+    out = _tiled(q, k, v, scale, eps)[0] if form == "pure" else _linear(q, k, v, scale, eps)
+    return rho.to(v.dtype).reshape(-1, 1, 1) * out
+
+
+def _linear(q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float) -> Tensor:
+    exact = torch.promote_types(q.dtype, torch.float32)
+    root = scale**0.5
+    weights = torch.linalg.vector_norm(q, dim=-1, dtype=exact).mul(root)  # (B, h, N)
+    weights = weights / (weights.sum(dim=-1, keepdim=True) + eps)
+    query = (weights[:, :, None] @ q.to(exact)) * scale  # (B, h, 1, d)
+    scores = (query @ k.to(exact).transpose(-2, -1)).relu()  # (B, h, 1, S)
+    return ((scores / (scores.sum(dim=-1, keepdim=True) + eps)) @ v.to(exact)).to(v.dtype)
+
+
+# The tile loop is opaque to compilers: its trip count depends on the shape and must not be unrolled.
+torch.library.define(
+    "visionattn::infinite_attention_tiled", "(Tensor q, Tensor k, Tensor v, float scale, float eps) -> (Tensor, Tensor)"
+)
+torch.library.define(
+    "visionattn::infinite_attention_tiled_backward",
+    "(Tensor q, Tensor k, Tensor v, Tensor out, Tensor norm, float scale, float eps, Tensor dout)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl("visionattn::infinite_attention_tiled", "default")
+def _forward_op(q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float) -> tuple[Tensor, Tensor]:
+    """Return ``relu(scale q k^T) v`` over its norm plus ``eps`` ``(B, h, N, dv)``, and the norm ``(B, h)`` in fp32."""
+    B, h, N, _ = q.shape
+    exact = torch.promote_types(q.dtype, torch.float32)
+    queries, keys, values = _groups(q * scale, exact), _groups(k, exact), _groups(v, exact)
+    out = queries.new_empty(B * h, N, v.shape[-1])
+    squares = queries.new_zeros(B * h)
+    scores_buffer = _buffer(queries, keys)
+    for group, rows in tiles(B * h, N, k.shape[2], queries.element_size()):
+        scores = _scores(queries[group, rows], keys[group], scores_buffer)
+        squares[group] += torch.linalg.vector_norm(scores, dim=(1, 2)).square_()
+        torch.bmm(scores, values[group], out=out[group, rows])
+    norm = squares.sqrt_()
+    out /= (norm + eps)[:, None, None]
+    return out.view(B, h, N, v.shape[-1]).to(v.dtype), norm.view(B, h)
+
+
+@torch.library.impl("visionattn::infinite_attention_tiled_backward", "default")
+def _backward_op(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, norm: Tensor, scale: float, eps: float, dout: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, h, N, _ = q.shape
+    exact = norm.dtype
+    queries, keys, values = _groups(q * scale, exact), _groups(k, exact), _groups(v, exact)
+    norm = norm.view(-1, 1, 1)
+    grads = _groups(dout, exact)
+    slope = (grads * _groups(out, exact)).sum(dim=(1, 2), keepdim=True)  # -d loss / d log(norm + eps)
+    grads = grads / (norm + eps)
+    shrink = slope / ((norm + eps) * norm).masked_fill_(norm == 0, 1.0)  # what a unit of score takes off by the norm
+    dq = torch.empty_like(queries)
+    dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
+    scores_buffer, dscores_buffer = _buffer(queries, keys), _buffer(queries, keys)
+    for group, rows in tiles(B * h, N, k.shape[2], queries.element_size()):
+        scores = _scores(queries[group, rows], keys[group], scores_buffer)
+        dv[group].baddbmm_(scores.transpose(1, 2), grads[group, rows])
+        dscores = dscores_buffer[: scores.numel()].view(scores.shape)
+        torch.bmm(grads[group, rows], values[group].transpose(1, 2), out=dscores)
+        torch.ops.aten.threshold_backward.grad_input(dscores, scores, 0, grad_input=dscores)
+        dscores.addcmul_(scores, shrink[group], value=-1)
+        torch.bmm(dscores, keys[group], out=dq[group, rows])
+        dk[group].baddbmm_(dscores.transpose(1, 2), queries[group, rows])
+    dq *= scale
+    return dq.view(q.shape).to(q.dtype), dk.view(k.shape).to(k.dtype), dv.view(v.shape).to(v.dtype)
+
+
+def _groups(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``(B, h, N, d)`` to contiguous ``(B * h, N, d)``."""
+    return x.to(dtype).contiguous().flatten(0, 1)
+
+
+def _buffer(queries: Tensor, keys: Tensor) -> Tensor:
+    """Memory for the largest tile of scores, taken once."""
+    groups, N, _ = queries.shape
+    first = next(tiles(groups, N, keys.shape[1], queries.element_size()), (slice(0, 0), slice(0, 0)))
+    return queries.new_empty(first[0].stop * first[1].stop * keys.shape[1])
+
+
+def _scores(queries: Tensor, keys: Tensor, buffer: Tensor) -> Tensor:
+    """Rectified scores ``(groups, queries, keys)`` of a tile, in ``buffer``."""
+    shape = (*queries.shape[:2], keys.shape[1])
+    scores = buffer[: shape[0] * shape[1] * shape[2]].view(shape)
+    return torch.bmm(queries, keys.transpose(1, 2), out=scores).relu_()
+
+
+@torch.library.register_fake("visionattn::infinite_attention_tiled")
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float) -> tuple[Tensor, Tensor]:
+    exact = torch.promote_types(q.dtype, torch.float32)
+    return v.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:2], dtype=exact)
+
+
+@torch.library.register_fake("visionattn::infinite_attention_tiled_backward")
+def _(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, norm: Tensor, scale: float, eps: float, dout: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+class _Tiled(torch.autograd.Function):
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float) -> tuple[Tensor, Tensor]:
+        return torch.ops.visionattn.infinite_attention_tiled(q, k, v, scale, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, ctx.scale, ctx.eps = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*tensors, *output)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grads = torch.ops.visionattn.infinite_attention_tiled_backward(*ctx.saved_tensors, ctx.scale, ctx.eps, dout)
+        return *grads, None, None
+
+
+_tiled = _Tiled.apply
