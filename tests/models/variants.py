@@ -8,6 +8,13 @@ from torch import nn
 TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "biformer": ("biformer_t", {"dims": (16, 32, 48, 64), "depths": (1, 1, 2, 1), "head_dim": 16}),
     "biformer_stl_nchw": ("biformer_stl_nchw", {"dims": (16, 32, 48, 64), "depths": (1, 1, 2, 1), "head_dim": 16}),
+    "nat": ("nat_mini", {"dims": (16, 32, 48, 64), "depths": (1, 1, 1, 1), "head_dim": 16, "layer_scale": 0.5}),
+    "dinat": (
+        "dinat_mini",
+        {"dims": (16, 32), "depths": (2, 1), "head_dim": 8, "kernel_size": 3, "dilations": ((1, 2), (3,))},
+    ),
+    "dinats": ("dinats_t", {"dims": (16, 32, 48, 64), "depths": (1, 1, 1, 1), "head_dim": 16, "kernel_size": 3}),
+    "nat_iso": ("nat_iso_s", {"dim": 32, "depth": 4, "patch_size": 8, "head_dim": 16, "kernel_size": 3}),
 }
 
 
