@@ -15,6 +15,20 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "dinats": ("dinats_t", {"dims": (16, 32, 48, 64), "depths": (1, 1, 1, 1), "head_dim": 16, "kernel_size": 3}),
     "nat_iso": ("nat_iso_s", {"dim": 32, "depth": 4, "patch_size": 8, "head_dim": 16, "kernel_size": 3}),
+    "infvit_linear": ("infvit_s6_linear", {"dim": 32, "num_heads": 2, "depth": 3, "img_size": 64}),
+    "infvit_pure": (
+        "infvit_s6_pure",
+        {"dim": 32, "num_heads": 2, "depth": 3, "img_size": 64, "representation_size": 48},
+    ),
+    "gated_vit": ("gated_vit_s16", {"dim": 32, "num_heads": 2, "depth": 3, "gate": "mlp", "img_size": 64}),
+    "gated_vit_elementwise": (
+        "gated_vit_s16",
+        {"dim": 32, "num_heads": 2, "depth": 3, "gate": "elementwise", "img_size": 64},
+    ),
+    "clipped_vit": (
+        "clipped_vit_s16",
+        {"dim": 32, "num_heads": 2, "depth": 3, "gate": "per_head", "clip": (-0.02, 1.01), "img_size": 64},
+    ),
 }
 
 

@@ -41,6 +41,9 @@ class OfficialWeights:
         one_by_one = {k for k, v in state.items() if k in own and v.ndim == 4 != own[k].ndim and v.shape[2:] == (1, 1)}
         return {k: v.flatten(1) if k in one_by_one else v for k, v in state.items()}
 
+    def settle(self, state: StateDict) -> None:
+        """Settle by a weight file, under our names, what the constructor's arguments left open; here nothing is."""
+
     def load_pretrained(self, path: str, prefix: str = "") -> None:
         """Load a weight file for timm's ``create_model(pretrained=True)``; another class count keeps the new head."""
         load_checkpoint(self, path, keep_classifier="if_classes_differ")  # type: ignore[arg-type]
@@ -59,6 +62,16 @@ def rename(state: StateDict, rules: Rules) -> StateDict:
         else:
             out[new] = value
     return out
+
+
+def fuse_qkv(state: StateDict) -> StateDict:
+    """Join separate ``q_proj``, ``k_proj`` and ``v_proj`` into ``qkv``; other keys pass unchanged."""
+    state = dict(state)
+    for key in [k for k in state if "q_proj." in k]:
+        parts = [key.replace("q_proj.", f"{part}_proj.") for part in "qkv"]
+        if all(part in state for part in parts):
+            state[key.replace("q_proj.", "qkv.")] = torch.cat([state.pop(part) for part in parts])
+    return state
 
 
 def load_checkpoint(
@@ -88,6 +101,7 @@ def load_checkpoint(
     state = unwrap(read_checkpoint(path), use_ema=use_ema, name=str(path))
     if isinstance(model, OfficialWeights):
         state = model.from_official(state)
+        model.settle(state)
     _adapt_first_conv(model, state)
     _handle_classifier(model, state, keep_classifier, path)
     own = model.state_dict()

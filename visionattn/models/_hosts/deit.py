@@ -3,6 +3,7 @@
 Papers: Dosovitskiy et al., arXiv:2010.11929; Touvron et al., arXiv:2012.12877.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ from timm.layers import (
 from torch import Tensor, nn
 
 from visionattn.models._backbone import Backbone
+from visionattn.models._checkpoint import StateDict
 
 Size = tuple[int, int]
 
@@ -61,6 +63,7 @@ class PlainViT(Backbone):
         depth: Blocks.
         mlp_ratio: Hidden width of the MLPs over the channels.
         eps: Of the norms.
+        representation_size: Width of a linear layer and tanh before the classifier; none if None.
         in_chans: Channels of the image.
         global_pool: ``"token"`` (the class token), ``"avg"`` (mean of the patch tokens) or ``""``.
         drop_rate: Dropout before the classifier.
@@ -81,6 +84,7 @@ class PlainViT(Backbone):
         depth: int = 12,
         mlp_ratio: float = 4.0,
         eps: float = 1e-6,
+        representation_size: int | None = None,
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: str = "token",
@@ -89,7 +93,13 @@ class PlainViT(Backbone):
     ) -> None:
         super().__init__(dims=[dim] * depth, reductions=[patch_size] * depth, in_chans=in_chans, num_classes=0)
         self.stem = PatchEmbed(
-            img_size, patch_size, in_chans, dim, flatten=False, strict_img_size=False, dynamic_img_pad=True
+            _whole(img_size, patch_size),
+            patch_size,
+            in_chans,
+            dim,
+            flatten=False,
+            strict_img_size=False,
+            dynamic_img_pad=True,
         )
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.stem.num_patches, dim))
@@ -98,6 +108,8 @@ class PlainViT(Backbone):
             ViTBlock(dim, mixer(i), mlp_ratio=mlp_ratio, drop_path=rate, eps=eps) for i, rate in enumerate(rates)
         )
         self.norm = LayerNorm(dim, eps=eps)
+        self.pre_logits = nn.Linear(dim, representation_size) if representation_size else None
+        self.head_hidden_size = representation_size or dim
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes, global_pool)
         self.apply(_init)
@@ -108,9 +120,9 @@ class PlainViT(Backbone):
         x = self.stem(x)  # (B, C, H, W)
         B, _, H, W = x.shape
         x = x.flatten(2).transpose(1, 2)  # (B, N, C)
-        pos = self.pos_embed
+        pos: Tensor = self.pos_embed
         if self.stem.grid_size != (H, W):
-            pos = resample_abs_pos_embed(pos, new_size=[H, W], old_size=list(self.stem.grid_size))
+            pos = _resize(pos, self.stem.grid_size, (H, W))
         return torch.cat([self.cls_token.expand(B, -1, -1), x], dim=1) + pos, ((H, W),)
 
     def _nchw(self, x: Tensor, *args: Any) -> Tensor:
@@ -130,8 +142,34 @@ class PlainViT(Backbone):
             x = x[:, 0]
         elif self.global_pool == "avg":
             x = x[:, 1:].mean(dim=1)
+        if self.pre_logits is not None:
+            x = self.pre_logits(x).tanh()
         x = self.head_drop(x)
         return x if pre_logits else self.head(x)
+
+    def set_input_size(self, img_size: int | Size) -> None:
+        """Make the position embedding, resized, that of images of ``img_size``, for fine-tuning at that size.
+
+        Any size runs without this: the embedding is then resized in every forward pass.
+        """
+        old = self.stem.grid_size
+        self.stem.set_input_size(_whole(img_size, self.stem.patch_size[0]))
+        new = self.stem.grid_size
+        if new != old:
+            pos = self.pos_embed
+            shape = (1, 1 + self.stem.num_patches, pos.shape[-1])
+            resized = pos.new_empty(shape) if pos.is_meta else _resize(pos.detach(), old, new)
+            self.pos_embed = nn.Parameter(resized, requires_grad=pos.requires_grad)
+
+    def from_official(self, state: StateDict) -> StateDict:
+        """Rename the authors' keys; resize a position embedding that is for square images of another size."""
+        state = super().from_official(state)
+        pos = state.get("pos_embed")
+        if pos is not None and pos.shape[1] != self.pos_embed.shape[1]:
+            side = math.isqrt(pos.shape[1] - 1)
+            if side**2 == pos.shape[1] - 1:
+                state = {**state, "pos_embed": _resize(pos, (side, side), self.stem.grid_size)}
+        return state
 
     def get_classifier(self) -> nn.Module:
         """Return the last linear layer."""
@@ -146,10 +184,21 @@ class PlainViT(Backbone):
         self.num_classes = num_classes
         like = self.pos_embed
         self.head = (
-            nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
+            nn.Linear(self.head_hidden_size, num_classes, device=like.device, dtype=like.dtype)
             if num_classes
             else nn.Identity()
         )
+
+
+def _whole(img_size: int | Size, patch: int) -> Size:
+    """``(H, W)`` of images of ``img_size`` padded to whole patches."""
+    H, W = (img_size, img_size) if isinstance(img_size, int) else img_size
+    return (-(-H // patch) * patch, -(-W // patch) * patch)
+
+
+def _resize(pos: Tensor, old: Size, new: Size) -> Tensor:
+    """Bring a position embedding ``(1, 1 + H * W, C)`` from one grid to another; the class token's stays."""
+    return resample_abs_pos_embed(pos, new_size=list(new), old_size=list(old))
 
 
 def _init(module: nn.Module) -> None:

@@ -1,3 +1,3 @@
-from visionattn.ops.infinite_attention.api import IMPLS, infinite_attention
+from visionattn.ops.infinite_attention.api import IMPLS, Form, infinite_attention
 
-__all__ = ["IMPLS", "infinite_attention"]
+__all__ = ["IMPLS", "Form", "infinite_attention"]
