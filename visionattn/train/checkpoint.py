@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import pickle
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,8 +209,12 @@ def read_state(path: Path) -> dict[str, Any]:
         CheckpointError: it is missing or damaged, or holds more than tensors and plain values.
     """
     try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch writes checksums but does not look at them
+        if damaged is not None:
+            raise CheckpointError(f"the state {path} cannot be read: the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         raise CheckpointError(f"the state {path} cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(state, dict) or "update" not in state:
         raise CheckpointError(f"{path} is not a state of a training run")

@@ -151,6 +151,7 @@ class TrainConfig:
         bare="auto",
     )  # fmt: skip
     overwrite: bool = _arg(False, "start anew in a folder that holds a run, whose files are removed")
+    recovery_interval: int = _arg(0, "save the state every so many updates too; 0: after each epoch only")
     checkpoint_hist: int = _arg(3, "checkpoints to keep, the best ones")
     log_interval: int = _arg(50, "updates between two lines of the log, and between two checks of the loss")
     tensorboard: bool = _arg(True, "write event files to <experiment>/tb")
@@ -166,7 +167,7 @@ class TrainConfig:
             _check(self, name, lambda value: value is None or value >= 1, "at least 1")
         for name in (
             "workers", "max_bad_images", "warmup_epochs", "cooldown_epochs", "mixup", "cutmix", "aug_repeats",
-            "weight_decay", "seed",
+            "weight_decay", "seed", "recovery_interval",
         ):  # fmt: skip
             _check(self, name, lambda value: value >= 0, "0 or more")
         for name in ("hflip", "vflip", "reprob", "mixup_prob", "mixup_switch_prob", "smoothing", "model_ema_decay"):

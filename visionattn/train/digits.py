@@ -17,7 +17,7 @@ class Digits(Dataset[tuple[Image.Image, int]]):
     """The digits 0 to 9 as RGB images of 8x8 pixels with their labels.
 
     The split is fixed and keeps the share of each class: of each digit's images, in the order of the source, every
-    fifth is for validation (363 images), the others are for training (1434).
+    fifth is for validation (364 images), the others are for training (1433).
 
     Args:
         split: which part.

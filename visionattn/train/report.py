@@ -6,7 +6,7 @@ import csv
 import io
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import accelerate
 import timm
 import torch
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from visionattn import __version__
@@ -60,17 +61,31 @@ class Report:
             for name, value in values.items():
                 self._events.add_scalar(name, value, update)
 
-    def summary(self, history: Sequence[Mapping[str, Any]]) -> None:
-        """Write `summary.csv`, a row for each epoch so far."""
-        if not self.active or not history:
+    def epoch(self, history: Sequence[Mapping[str, Any]], update: int, unreadable: Iterable[str]) -> None:
+        """Record the epoch that just ended, the last row of ``history``; call it in every process.
+
+        Args:
+            history: a row for each epoch so far; `summary.csv` is written anew.
+            update: updates done.
+            unreadable: images of this process that could not be read, since the run began.
+        """
+        names = sorted(set(gather_object(list(unreadable))))
+        if not self.active:
             return
         text = io.StringIO()
         writer = csv.DictWriter(text, fieldnames=list(history[-1]), restval="", extrasaction="ignore")
         writer.writeheader()
         writer.writerows(history)
-        write_atomically(self.folder / "summary.csv", lambda file: file.write(text.getvalue().encode()))
+        self.text("summary.csv", text.getvalue())
+        row = history[-1]
+        self.scalars({name.replace("_", "/", 1): value for name, value in row.items() if name[:5] == "eval_"}, update)
         if self._events is not None:
             self._events.flush()
+        if names:
+            self.text("unreadable.txt", "\n".join(names) + "\n")
+            self.line(f"{len(names)} unreadable images so far, listed in {self.folder / 'unreadable.txt'}:")
+            for name in names[:10]:
+                self.line(f"  {name}")
 
     def text(self, name: str, text: str) -> None:
         """Write a text file of the run."""
