@@ -104,7 +104,7 @@ class NAT(Backbone):
         depths: Blocks by stage.
         head_dim: Channels of a head.
         kernel_size: Keys along each axis; odd in the papers.
-        dilations: By stage, the dilations of its blocks, repeated if there are more blocks; all 1 if None. The authors
+        dilations: By stage, the dilations of its blocks, repeated for further blocks; all 1 if None. The authors
             take the largest that fits, ``map // kernel_size`` at the training size, in every second block.
         mlp_ratio: Hidden width of the MLPs over the channels.
         layer_scale: Initial factor on each residual, learned by channel; 0 leaves the factors out.
@@ -147,8 +147,8 @@ class NAT(Backbone):
             dilations = [(1,)] * len(dims)
         if not len(dims) == len(depths) == len(dilations):
             raise ValueError(f"dims, depths and dilations must be as long, got {dims}, {depths} and {dilations}")
-        if any(not pattern or len(pattern) > depth for pattern, depth in zip(dilations, depths, strict=True)):
-            raise ValueError(f"each stage needs 1 to as many dilations as it has blocks, got {dilations} for {depths}")
+        if not all(dilations):
+            raise ValueError(f"each stage needs at least one dilation, got {dilations}")
         if style not in ("nat", "swin"):
             raise ValueError(f"style must be 'nat' or 'swin', got {style!r}")
         rates: list[Any] = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)

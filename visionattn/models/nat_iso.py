@@ -31,7 +31,7 @@ class IsotropicNAT(Backbone):
         patch_size: Side of a patch.
         head_dim: Channels of a head.
         kernel_size: Keys along each axis.
-        dilations: Dilations of the blocks, repeated if there are more blocks.
+        dilations: Dilations of the blocks, repeated for further blocks; all 1 if None.
         mlp_ratio: Hidden width of the MLPs over the channels.
         layer_scale: Initial factor on each residual, learned by channel; 0 leaves the factors out.
         drop_path_rate: Rate of the last block; rises linearly from 0.
@@ -67,8 +67,8 @@ class IsotropicNAT(Backbone):
     ) -> None:
         super().__init__(dims=[dim] * depth, reductions=[patch_size] * depth, in_chans=in_chans, **head)
         dilations = (1,) if dilations is None else dilations
-        if not 1 <= len(dilations) <= depth:
-            raise ValueError(f"dilations must have 1 to depth={depth} entries, got {dilations}")
+        if not dilations:
+            raise ValueError("dilations must not be empty")
         self.stem = patch_stem(in_chans, dim, patch_size)
         rates: list[Any] = calculate_drop_path_rates(drop_path_rate, depth)
         blocks = []

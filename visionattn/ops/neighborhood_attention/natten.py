@@ -22,7 +22,7 @@ def why_not(
             f"NATTEN's kernels need a head width that is a multiple of 8, the same for keys and values, got {d}, {dv}"
         )
     if q.numel() == 0:
-        return "NATTEN's kernels take no empty batch"
+        return "an empty input is left to plain PyTorch"
     import natten
 
     if not natten.HAS_LIBNATTEN:
