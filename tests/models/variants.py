@@ -29,6 +29,31 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
         "clipped_vit_s16",
         {"dim": 32, "num_heads": 2, "depth": 3, "gate": "per_head", "clip": (-0.02, 1.01), "img_size": 64},
     ),
+    "agent_deit": (
+        "agent_deit_t",
+        {"dim": 32, "num_heads": 2, "depth": 3, "agents": (3, 3), "agent_layers": 2, "img_size": 64},
+    ),
+    "agent_pvt": (
+        "agent_pvt_t",
+        {"dims": (16, 32), "depths": (1, 1), "mlp_ratios": (2, 2), "num_heads": (1, 2), "img_size": 64}
+        | {"agents": ((2, 2), (3, 3)), "pools": ((3, 3), (3, 3))},
+    ),
+    "agent_swin": (
+        "agent_swin_t",
+        {
+            "dims": (16, 32),
+            "depths": (1, 2),
+            "num_heads": (2, 2),
+            "agent_depths": (1, 0),
+            "window_size": 4,
+            "img_size": 64,
+        },
+    ),
+    "agent_cswin": (
+        "agent_cswin_t",
+        {"dims": (16, 32, 48), "depths": (1, 1, 1), "num_heads": (2, 2, 2), "agent_depths": (1, 0, 0), "split_size": 3}
+        | {"img_size": 64},
+    ),
 }
 
 

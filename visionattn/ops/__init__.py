@@ -1,6 +1,7 @@
 """The mathematics of each attention operator, as functions on tensors."""
 
 from visionattn.ops._dispatch import IMPLS, Impl, UnsupportedError, get_impl, set_impl, use_impl
+from visionattn.ops.agent_attention import AgentBias, agent_attention
 from visionattn.ops.aggregated_attention import aggregated_attention
 from visionattn.ops.channel_attention import channel_attention
 from visionattn.ops.clipped_softmax_attention import clipped_softmax_attention
@@ -12,6 +13,7 @@ from visionattn.ops.routed_attention import routed_attention, topk_regions
 
 # Folders of this package, each with its IMPLS.
 OPERATORS = (
+    "agent_attention",
     "aggregated_attention",
     "channel_attention",
     "clipped_softmax_attention",
@@ -25,8 +27,10 @@ OPERATORS = (
 __all__ = [
     "IMPLS",
     "OPERATORS",
+    "AgentBias",
     "Impl",
     "UnsupportedError",
+    "agent_attention",
     "aggregated_attention",
     "channel_attention",
     "clipped_softmax_attention",
