@@ -10,6 +10,7 @@ from visionattn.ops.infinite_attention import infinite_attention
 from visionattn.ops.linear_attention import linear_attention
 from visionattn.ops.neighborhood_attention import neighborhood_attention
 from visionattn.ops.routed_attention import routed_attention, topk_regions
+from visionattn.ops.window_attention import window_attention
 
 # Folders of this package, each with its IMPLS.
 OPERATORS = (
@@ -22,6 +23,7 @@ OPERATORS = (
     "linear_attention",
     "neighborhood_attention",
     "routed_attention",
+    "window_attention",
 )
 
 __all__ = [
@@ -43,4 +45,5 @@ __all__ = [
     "set_impl",
     "topk_regions",
     "use_impl",
+    "window_attention",
 ]

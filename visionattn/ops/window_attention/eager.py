@@ -1,0 +1,71 @@
+"""Fast plain PyTorch: one copy into windows and one out, and one attention over all windows at once.
+
+Shifted windows need neither roll nor mask here: what the mask leaves of a window at the border is a smaller window, so
+the map falls into zones of at most three window sizes along each axis, and each zone is attended on its own.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Size = tuple[int, int]
+
+SMALL = 64  # tokens of a window up to which two batched products beat SDPA's kernel on a CPU (measured on 2 cores)
+
+
+def why_not(
+    q: Tensor, k: Tensor, v: Tensor, window: Size, bias: Tensor | None, shift: Size, grid: bool, scale: float
+) -> str | None:
+    """Everything runs."""
+    return None
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, window: Size, bias: Tensor | None, shift: Size, grid: bool, scale: float
+) -> Tensor:
+    """Attend in every window."""
+    if shift == (0, 0):
+        return _attend(q, k, v, window, bias, grid, scale)
+    rows = []
+    for top, bottom, first_row, wh in _zones(q.shape[2], window[0], shift[0]):
+        row = []
+        for left, right, first_col, ww in _zones(q.shape[3], window[1], shift[1]):
+            zone = (x[:, :, top:bottom, left:right] for x in (q, k, v))
+            part = bias
+            if bias is not None and (wh, ww) != window:
+                part = bias.unflatten(2, window).unflatten(1, window)  # (h, wh, ww, wh, ww)
+                r, c = slice(first_row, first_row + wh), slice(first_col, first_col + ww)
+                part = part[:, r, c, r, c].flatten(3, 4).flatten(1, 2)
+            row.append(_attend(*zone, (wh, ww), part, grid, scale))
+        rows.append(torch.cat(row, dim=3) if len(row) > 1 else row[0])
+    return torch.cat(rows, dim=2) if len(rows) > 1 else rows[0]
+
+
+def _zones(size: int, window: int, shift: int) -> list[tuple[int, int, int, int]]:
+    """Spans of an axis with equal windows: start, stop, first token of the full window that is kept, tokens kept."""
+    if not shift:
+        return [(0, size, 0, window)]
+    last = size - window + shift
+    zones = [(0, shift, window - shift, shift), (shift, last, 0, window), (last, size, 0, window - shift)]
+    return [zone for zone in zones if zone[0] < zone[1]]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, window: Size, bias: Tensor | None, grid: bool, scale: float) -> Tensor:
+    B, h, H, W, _ = q.shape
+    wh, ww = window
+    count, n = (H // wh) * (W // ww), wh * ww
+    # Split an axis into (count, window) or, in a grid, (window, count), and bring the counts to the front.
+    split = ((wh, H // wh), (ww, W // ww)) if grid else ((H // wh, wh), (W // ww, ww))
+    to_windows = (0, 3, 5, 1, 2, 4, 6) if grid else (0, 2, 4, 1, 3, 5, 6)
+    to_map = (0, 4, 1, 5, 2, 3, 6) if grid else (0, 1, 4, 2, 5, 3, 6)
+    q, k, v = (
+        x.unflatten(3, split[1]).unflatten(2, split[0]).permute(to_windows).reshape(B * count, h, n, x.shape[-1])
+        for x in (q, k, v)
+    )  # (B * P, h, n, d)
+    if n <= SMALL and q.device.type == "cpu":
+        logits = (q * scale) @ k.transpose(-2, -1)
+        out = (logits if bias is None else logits.add_(bias)).softmax(dim=-1) @ v
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    out = out.view(B, H // wh, W // ww, h, wh, ww, v.shape[-1]).permute(to_map)  # (B, H, W, h, dv), each axis in two
+    return out.reshape(B, H, W, h, v.shape[-1]).permute(0, 3, 1, 2, 4)
