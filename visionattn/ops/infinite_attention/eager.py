@@ -57,7 +57,7 @@ def _forward_op(q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float) -> tu
     scores_buffer = _buffer(queries, keys)
     for group, rows in tiles(B * h, N, k.shape[2], queries.element_size()):
         scores = _scores(queries[group, rows], keys[group], scores_buffer)
-        squares[group] += torch.linalg.vector_norm(scores, dim=(1, 2)).square_()
+        squares[group] += torch.linalg.vector_norm(scores, dim=2).square_().sum(dim=1)  # in two steps: more exact
         torch.bmm(scores, values[group], out=out[group, rows])
     norm = squares.sqrt_()
     out /= (norm + eps)[:, None, None]

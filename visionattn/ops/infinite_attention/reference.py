@@ -15,7 +15,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, rho: Tensor, form: str, scale: floa
     q, k = q * scale**0.5, k * scale**0.5
     if form == "pure":
         scores = (q @ k.transpose(-2, -1)).relu()  # (B, h, N, S)
-        total = torch.linalg.vector_norm(scores, dim=(-2, -1), keepdim=True, dtype=exact)
+        # Rows first: in fp32, PyTorch's norm over millions of numbers at once is off by 1e-4.
+        rows = torch.linalg.vector_norm(scores, dim=-1, keepdim=True, dtype=exact)
+        total = torch.linalg.vector_norm(rows, dim=-2, keepdim=True)
     else:
         weights = torch.linalg.vector_norm(q, dim=-1, keepdim=True, dtype=exact)  # (B, h, N, 1)
         weights = weights / (weights.sum(dim=-2, keepdim=True) + eps)
