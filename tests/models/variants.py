@@ -15,19 +15,11 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "dinats": ("dinats_t", {"dims": (16, 32, 48, 64), "depths": (1, 1, 1, 1), "head_dim": 16, "kernel_size": 3}),
     "nat_iso": ("nat_iso_s", {"dim": 32, "depth": 4, "patch_size": 8, "head_dim": 16, "kernel_size": 3}),
-    "infvit_linear": ("infvit_s6_linear", {"dim": 32, "num_heads": 2, "depth": 3, "img_size": 64}),
-    "infvit_pure": (
-        "infvit_s6_pure",
-        {"dim": 32, "num_heads": 2, "depth": 3, "img_size": 64, "representation_size": 48},
-    ),
-    "gated_vit": ("gated_vit_s16", {"dim": 32, "num_heads": 2, "depth": 3, "gate": "mlp", "img_size": 64}),
-    "gated_vit_elementwise": (
-        "gated_vit_s16",
-        {"dim": 32, "num_heads": 2, "depth": 3, "gate": "elementwise", "img_size": 64},
-    ),
-    "clipped_vit": (
-        "clipped_vit_s16",
-        {"dim": 32, "num_heads": 2, "depth": 3, "gate": "per_head", "clip": (-0.02, 1.01), "img_size": 64},
+    "transnext": ("transnext_micro", {"dims": (16, 32, 48, 64), "depths": (1, 1, 2, 1), "head_dim": 16}),
+    "transnext_interpolate": (
+        "transnext_micro_aaaa",
+        {"dims": (16, 32), "depths": (1, 1), "mlp_ratios": (4, 2), "sr_ratios": (4, 2), "head_dim": 8, "img_size": 64}
+        | {"bias_mode": "interpolate", "fixed_pool_size": 3},
     ),
     "agent_deit": (
         "agent_deit_t",
@@ -53,6 +45,20 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
         "agent_cswin_t",
         {"dims": (16, 32, 48), "depths": (1, 1, 1), "num_heads": (2, 2, 2), "agent_depths": (1, 0, 0), "split_size": 3}
         | {"img_size": 64},
+    ),
+    "infvit_linear": ("infvit_s6_linear", {"dim": 32, "num_heads": 2, "depth": 3, "img_size": 64}),
+    "infvit_pure": (
+        "infvit_s6_pure",
+        {"dim": 32, "num_heads": 2, "depth": 3, "img_size": 64, "representation_size": 48},
+    ),
+    "gated_vit": ("gated_vit_s16", {"dim": 32, "num_heads": 2, "depth": 3, "gate": "mlp", "img_size": 64}),
+    "gated_vit_elementwise": (
+        "gated_vit_s16",
+        {"dim": 32, "num_heads": 2, "depth": 3, "gate": "elementwise", "img_size": 64},
+    ),
+    "clipped_vit": (
+        "clipped_vit_s16",
+        {"dim": 32, "num_heads": 2, "depth": 3, "gate": "per_head", "clip": (-0.02, 1.01), "img_size": 64},
     ),
 }
 
