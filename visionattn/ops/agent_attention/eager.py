@@ -21,8 +21,8 @@ def why_not(
     query_bias: AgentBias | None,
     scale: float,
 ) -> str | None:
-    """Everything runs."""
-    return None
+    """Everything runs, but what exporters make of fused attention with a bias differs from it in memory layout."""
+    return "exporters change the layout of fused attention with a bias" if exporting() else None
 
 
 def forward(
@@ -43,7 +43,7 @@ def forward(
         spread = expand(query_bias, size, q.dtype).transpose(-2, -1)  # (h, N, a)
     biases = [x for x in (gather, spread) if x is not None]
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in biases)
-    if trained and q.device.type == "cpu" and not exporting():
+    if trained and q.device.type == "cpu":
         agents = agents * scale
         return _kept(q, agents, _kept(agents, k, v, gather), spread)
     return _fused(q, agents, _fused(agents, k, v, gather, scale), spread, scale)
