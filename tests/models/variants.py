@@ -60,6 +60,19 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
         "clipped_vit_s16",
         {"dim": 32, "num_heads": 2, "depth": 3, "gate": "per_head", "clip": (-0.02, 1.01), "img_size": 64},
     ),
+    "inline_deit": ("inline_deit_t", {"dim": 32, "num_heads": 2, "depth": 2, "img_size": 64, "global_pool": "avg"}),
+    "inline_pvt": (
+        "inline_pvt_t",
+        {"dims": (16, 32), "depths": (1, 1), "mlp_ratios": (2, 2), "num_heads": (1, 2), "img_size": 64},
+    ),
+    "inline_swin": (
+        "inline_swin_t",
+        {"dims": (16, 32), "depths": (1, 2), "num_heads": (2, 2), "inline_depths": (1, 0), "window_size": 4},
+    ),
+    "inline_cswin": (
+        "inline_cswin_t",
+        {"dims": (16, 32), "depths": (1, 1), "num_heads": (2, 2), "inline_depths": (1, 0), "split_size": 3},
+    ),
 }
 
 

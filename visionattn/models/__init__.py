@@ -3,10 +3,10 @@
 from timm.models import list_models as _timm_list_models
 from timm.models import model_entrypoint
 
-from visionattn.models import agent, biformer, gated_vit, infvit, nat, nat_iso, transnext
+from visionattn.models import agent, biformer, gated_vit, infvit, inline, nat, nat_iso, transnext
 from visionattn.models._checkpoint import CheckpointError, load_checkpoint
 
-FAMILIES = (agent, biformer, gated_vit, infvit, nat, nat_iso, transnext)
+FAMILIES = (agent, biformer, gated_vit, infvit, inline, nat, nat_iso, transnext)
 
 
 def list_models(pattern: str = "") -> list[str]:
