@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 import visionattn  # noqa: F401 - registers the models
+from visionattn.models import _timm
+from visionattn.models._checkpoint import OfficialWeights
 
 ROOT = Path(__file__).parent / "goldens"
 NAMES: dict[str, Any] = json.loads((ROOT / "names.json").read_text())
@@ -134,7 +136,8 @@ def assert_grad_norms(case: Golden, model: nn.Module, x: Tensor, recorded: dict[
     """
     keys = [row[0] for row in case.manifest["state_dict"]]
     numbered = {k: torch.full(tuple(v.shape), float(i)) for i, (k, v) in enumerate(case.state_dict.items())}
-    origin = model.from_official(numbered)
+    timms_own = not isinstance(model, OfficialWeights)
+    origin = _timm.from_official(model, numbered) if timms_own else model.from_official(numbered)
     model.zero_grad()
     model(x).square().mean().backward()
     squares = torch.zeros(len(keys), dtype=torch.float64)

@@ -1,5 +1,6 @@
 """Attention backbones for computer vision. Importing this package registers its models with timm."""
 
+from visionattn.fuse import FuseReport, fuse, fuse_report
 from visionattn.models import CheckpointError, list_models, load_checkpoint
 from visionattn.ops import UnsupportedError, get_impl, set_impl, use_impl
 

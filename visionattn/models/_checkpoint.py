@@ -12,6 +12,8 @@ import torch
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
+from visionattn.models import _timm
+
 _logger = logging.getLogger(__name__)
 
 StateDict = dict[str, Tensor]
@@ -84,7 +86,7 @@ def load_checkpoint(
     fit: nothing is skipped silently, and the model is changed only if all fits.
 
     Args:
-        model: A model of this library, or any module whose own keys the file has.
+        model: A model of this library, timm's DaViT, SHViT or ConViT, or any module whose own keys the file has.
         path: The file.
         use_ema: Take the averaged weights where the file holds both.
         keep_classifier: True keeps the model's own classifier and loads the rest; ``"if_classes_differ"`` does so
@@ -102,6 +104,8 @@ def load_checkpoint(
     if isinstance(model, OfficialWeights):
         state = model.from_official(state)
         model.settle(state)
+    else:
+        state = _timm.from_official(model, state)
     _adapt_first_conv(model, state)
     _handle_classifier(model, state, keep_classifier, path)
     own = model.state_dict()
