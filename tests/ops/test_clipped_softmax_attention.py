@@ -53,7 +53,7 @@ def test_tiles_of_any_size_agree(shape, monkeypatch) -> None:
 @every_impl
 def test_gradcheck(impl: str, clip, monkeypatch) -> None:
     monkeypatch.setattr(_tiles, "TILE_BYTES", 100)
-    tensors = [x.double().requires_grad_() for x in data(2, 5, 7, 3, 4)]
+    tensors = [x.double().requires_grad_() for x in data(2, 4, 5, 3, 2, batch=1)]
     assert torch.autograd.gradcheck(attend(impl, clip), tensors)
 
 

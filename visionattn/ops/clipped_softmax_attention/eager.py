@@ -64,16 +64,17 @@ def _backward_op(
     dq = torch.empty_like(queries)
     dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
     buffers = _buffers(queries, keys, 3)
+    low, high = -gamma / (zeta - gamma), (1 - gamma) / (zeta - gamma)
     for group, rows in tiles(B * h, N, k.shape[2], queries.element_size()):
         attn, clipped, dattn = _views(buffers, queries[group, rows], keys)
         _softmax(queries[group, rows], keys[group], clipped, attn)
         _clip(attn, gamma, zeta, out=clipped)
         dv[group].baddbmm_(clipped.transpose(1, 2), grads[group, rows])
         torch.bmm(grads[group, rows], values[group].transpose(1, 2), out=dattn)
-        low, high = -gamma / (zeta - gamma), (1 - gamma) / (zeta - gamma)
-        torch.ops.aten.softshrink_backward.grad_input(dattn, attn, low, grad_input=clipped)
         if zeta > 1:
-            clipped.masked_fill_(attn > high, 0.0)
+            torch.ops.aten.hardtanh_backward.grad_input(dattn, attn, low, high, grad_input=clipped)
+        else:
+            torch.ops.aten.softshrink_backward.grad_input(dattn, attn, low, grad_input=clipped)
         torch.ops.aten._softmax_backward_data.out(clipped, attn, -1, exact, grad_input=dattn)
         torch.bmm(dattn, keys[group], out=dq[group, rows])
         dk[group].baddbmm_(dattn.transpose(1, 2), queries[group, rows])
