@@ -6,4 +6,15 @@ from visionattn.ops import UnsupportedError, get_impl, set_impl, use_impl
 
 __version__ = "0.1.0"
 
-__all__ = ["CheckpointError", "UnsupportedError", "get_impl", "list_models", "load_checkpoint", "set_impl", "use_impl"]
+__all__ = [
+    "CheckpointError",
+    "FuseReport",
+    "UnsupportedError",
+    "fuse",
+    "fuse_report",
+    "get_impl",
+    "list_models",
+    "load_checkpoint",
+    "set_impl",
+    "use_impl",
+]
