@@ -1,44 +1,77 @@
-"""Measure side by side: `python tools/benchmark.py ops [operator ...]`."""
+"""Measure side by side: `python tools/benchmark.py ops [operator ...]`, `python tools/benchmark.py models name ...`."""
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from visionattn.analysis import bench
+
+LINE = "{:62} {:30} {:17} {:>10} {:>22} {:>9}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    ops = commands.add_parser("ops", help="operators against the authors' formulation: time, ratio, peak memory")
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    shared.add_argument("--dtype", default="fp32", choices=sorted(bench.DTYPES))
+    shared.add_argument("--rounds", type=int, default=7, help="times that each contestant is measured, in turn")
+    shared.add_argument("--out", type=Path, help="write the rows and the machine as JSON")
+    text = "operators against their authors' formulation: time, ratio, peak memory"
+    ops = commands.add_parser("ops", help=text, parents=[shared])
     ops.add_argument("operators", nargs="*", help="names from visionattn.ops.OPERATORS; all if none")
-    ops.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    ops.add_argument("--dtype", default="fp32", choices=sorted(bench.DTYPES))
     ops.add_argument("--shape", default="", help="only cases whose shape holds this text")
-    ops.add_argument("--rounds", type=int, default=7, help="times that each contestant is measured, in turn")
-    ops.add_argument("--out", type=Path, help="write the rows and the machine as JSON")
+    text = "models against themselves on reference operators, or timm's own against them fused"
+    models = commands.add_parser("models", help=text, parents=[shared])
+    models.add_argument("names", nargs="+", help="registered names")
+    models.add_argument("--size", type=int, nargs="+", default=[224], help="sides of the images")
+    models.add_argument("--batch", type=int, nargs="+", default=[1], help="batch sizes")
+    models.add_argument("--compile", action="store_true", help="through torch.compile as well")
+    models.add_argument("--train", action="store_true", help="forward and backward as well")
     args = parser.parse_args()
-    try:
-        cases = [c for c in bench.operator_cases(args.operators) if args.shape in c.shape]
-    except ValueError as e:
-        parser.error(str(e))
-    if not cases:
-        parser.error(f"no case has {args.shape!r} in its shape")
     where = bench.machine(args.device)
     print(", ".join(f"{k} {v}" for k, v in where.items()))
-    head = ("operator, shape", "contestant", "direction", "ms", "speed-up (quartiles)", "peak MB")
-    print("{:58} {:16} {:17} {:>10} {:>24} {:>9}".format(*head))
+    print(LINE.format("subject, shape", "contestant", "direction", "ms", "speed-up (quartiles)", "peak MB"))
     rows = []
-    for case in cases:
-        for row in bench.measure(case, device=args.device, dtype=args.dtype, rounds=args.rounds):
+    try:
+        for row in _operators(args) if args.command == "ops" else _models(args):
             rows.append(row)
             speedup = f"{row.speedup:.2f} ({row.speedup_low:.2f} to {row.speedup_high:.2f})"
-            label = f"{row.operator}, {row.shape}"
-            print(f"{label:58} {row.contestant:16} {row.direction:17} {row.ms:10.3f} {speedup:>24} {row.peak_mb:9.2f}")
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"machine": where, "rows": bench.as_dicts(rows)}, indent=1) + "\n")
-        print(f"wrote {args.out}")
+            label = f"{row.subject}, {row.shape}"
+            numbers = (f"{row.ms:.3f}", speedup, f"{row.peak_mb:.2f}")
+            print(LINE.format(label, row.contestant, row.direction, *numbers), flush=True)
+    except ValueError as e:
+        parser.error(str(e))
+    finally:
+        if args.out and rows:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps({"machine": where, "rows": bench.as_dicts(rows)}, indent=1) + "\n")
+            print(f"wrote {args.out}")
+
+
+def _operators(args: argparse.Namespace) -> Iterator[bench.Row]:
+    cases = [c for c in bench.operator_cases(args.operators) if args.shape in c.shape]
+    if not cases:
+        raise ValueError(f"no case has {args.shape!r} in its shape")
+    for case in cases:
+        yield from bench.measure(case, device=args.device, dtype=args.dtype, rounds=args.rounds)
+
+
+def _models(args: argparse.Namespace) -> Iterator[bench.Row]:
+    for name in args.names:
+        for size in args.size:
+            for batch in args.batch:
+                yield from bench.measure_model(
+                    name,
+                    size=size,
+                    batch=batch,
+                    device=args.device,
+                    dtype=args.dtype,
+                    rounds=args.rounds,
+                    compiled=args.compile,
+                    train=args.train,
+                )
 
 
 if __name__ == "__main__":

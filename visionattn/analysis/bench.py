@@ -1,5 +1,6 @@
 """Side-by-side measurements in one process: time as a ratio with its spread, peak memory, and where it was measured."""
 
+import copy
 import gc
 import importlib
 import os
@@ -14,13 +15,15 @@ from typing import Any
 
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from visionattn import __version__
-from visionattn.ops import OPERATORS
+from visionattn import __version__, fuse, list_models
+from visionattn.ops import OPERATORS, use_impl
+from visionattn.testing import randn
 
 Run = Callable[..., Tensor]
+DIRECTIONS = ("forward", "forward+backward")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -47,16 +50,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one contestant: times in ms, memory in MB, ratios against the authors' formulation."""
+    """What was measured of one contestant: times in ms, memory in MB, speed-ups against the baseline of its race."""
 
-    operator: str
+    subject: str  # an operator or a model
     shape: str
     contestant: str
     direction: str  # "forward" or "forward+backward"
     dtype: str
     ms: float
-    speedup: float  # median over rounds of (authors' time / own time)
-    speedup_low: float
+    speedup: float  # median over rounds of (baseline's time / own time)
+    speedup_low: float  # quartiles
     speedup_high: float
     peak_mb: float  # most memory held at once beyond what was held before the call
 
@@ -98,7 +101,7 @@ def operator_cases(names: Sequence[str] = ()) -> list[Case]:
 
 
 def measure(case: Case, *, device: str = "cpu", dtype: str = "fp32", rounds: int = 7) -> list[Row]:
-    """Check that all contestants agree, then time them in turn, round by round.
+    """Race an operator against its authors' formulation, after checking that all contestants agree.
 
     Raises:
         AssertionError: a contestant does not compute what the authors' formulation computes; nothing is timed then.
@@ -107,37 +110,128 @@ def measure(case: Case, *, device: str = "cpu", dtype: str = "fp32", rounds: int
     tensors = [x.to(device, DTYPES[dtype]) if x.is_floating_point() else x.to(device) for x in case.inputs()]
     exact = case.published(*[x.double() if x.is_floating_point() else x for x in tensors])
     for name, run in contestants.items():
-        off = ((run(*tensors).double() - exact).abs().max() / exact.abs().max().clamp(min=1e-12)).item()
-        budget = 1e-4 if dtype == "fp32" else 0.05
-        if not off <= budget:
-            raise AssertionError(f"{case.operator}, {case.shape}: {name} is off by {off:.1e} of the largest value")
+        _check(f"{case.operator}, {case.shape}: {name}", run(*tensors), exact, 1e-4 if dtype == "fp32" else 0.05)
+    return [
+        row
+        for direction in DIRECTIONS
+        for row in _race(
+            {name: _call(run, tensors, direction) for name, run in contestants.items()},
+            {"subject": case.operator, "shape": case.shape, "direction": direction, "dtype": dtype},
+            device,
+            rounds,
+        )
+    ]
+
+
+def measure_model(
+    name: str,
+    *,
+    size: int,
+    batch: int,
+    device: str = "cpu",
+    dtype: str = "fp32",
+    rounds: int = 5,
+    compiled: bool = False,
+    train: bool = False,
+) -> list[Row]:
+    """Race a whole model: against itself on the reference operators, or timm's own class against it fused.
+
+    Args:
+        name: A registered name: one of this library, or one of timm that `visionattn.fuse` knows.
+        size: Side of the images.
+        batch: Images in a batch.
+        device: ``"cpu"`` or ``"cuda"``.
+        dtype: A key of `DTYPES`.
+        rounds: Times that each contestant is measured, in turn.
+        compiled: Race both through ``torch.compile`` as well.
+        train: Race the forward and backward pass too.
+
+    Raises:
+        AssertionError: the contestants' outputs differ; nothing is timed then.
+    """
+    ours = name in list_models()
+    if ours:
+        model = timm.create_model(name).eval().to(device, DTYPES[dtype])
+        contestants: dict[str, nn.Module] = {"reference operators": OnReference(model), "visionattn": model}
+    else:
+        model = timm.create_model(name, **({"img_size": size} if "convit" in name else {})).eval()
+        if hasattr(model, "set_input_size"):
+            model.set_input_size((size, size))
+        model = model.to(device, DTYPES[dtype])
+        contestants = {"timm": model, "visionattn": fuse(copy.deepcopy(model))}
+    if compiled:
+        contestants |= {f"{k}, compiled": torch.compile(copy.deepcopy(v)) for k, v in contestants.items()}
+    x = randn(batch, 3, size, size).to(device, DTYPES[dtype])
+    label = f"{size}x{size}, batch {batch}"
+    with torch.no_grad():
+        expected = next(iter(contestants.values()))(x)
+        for contestant, run in contestants.items():
+            _check(f"{name}, {label}: {contestant}", run(x), expected, 1e-3 if dtype == "fp32" else 0.1)
     rows = []
-    for direction in ("forward", "forward+backward"):
-        calls = {name: _call(run, tensors, direction) for name, run in contestants.items()}
-        peaks = {name: peak_bytes(call, device) for name, call in calls.items()}  # also the warm-up
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        for round_number in range(rounds + 1):
-            for name, call in calls.items():
-                took = seconds(call, device)
-                if round_number:  # the first round warms up
-                    times[name].append(took)
-        for name, own in times.items():
-            ratios = sorted(a / b for a, b in zip(times["published"], own, strict=True))
-            rows.append(
-                Row(
-                    case.operator,
-                    case.shape,
-                    name,
-                    direction,
-                    dtype,
-                    ms=round(statistics.median(own) * 1e3, 4),
-                    speedup=round(statistics.median(ratios), 2),
-                    speedup_low=round(ratios[len(ratios) // 4], 2),
-                    speedup_high=round(ratios[-1 - len(ratios) // 4], 2),
-                    peak_mb=round(peaks[name] / 2**20, 2),
-                )
-            )
+    for direction in DIRECTIONS if train else DIRECTIONS[:1]:
+        calls = {key: _model_call(run, x, direction) for key, run in contestants.items()}
+        what = {"subject": name, "shape": label, "direction": direction, "dtype": dtype}
+        rows += _race(calls, what, device, rounds)
     return rows
+
+
+class OnReference(nn.Module):
+    """A model run on the reference implementation of every operator."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the model."""
+        with use_impl("reference"):
+            return self.model(x)
+
+
+def _check(label: str, actual: Tensor, expected: Tensor, budget: float) -> None:
+    off = ((actual.double() - expected.double()).abs().max() / expected.abs().max().clamp(min=1e-12)).item()
+    if not off <= budget:
+        raise AssertionError(f"{label} is off by {off:.1e} of the largest value, allowed are {budget:.0e}")
+
+
+def _race(calls: Mapping[str, Callable[[], object]], what: dict[str, str], device: str, rounds: int) -> list[Row]:
+    """Time calls in turn, round by round; the first one is the baseline."""
+    baseline = next(iter(calls))
+    peaks = {name: peak_bytes(call, device) for name, call in calls.items()}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for round_number in range(rounds + 1):
+        for name, call in calls.items():
+            took = seconds(call, device)
+            if round_number:  # the first round warms up
+                times[name].append(took)
+    rows = []
+    for name, own in times.items():
+        ratios = sorted(a / b for a, b in zip(times[baseline], own, strict=True))
+        rows.append(
+            Row(
+                contestant=name,
+                ms=round(statistics.median(own) * 1e3, 4),
+                speedup=round(statistics.median(ratios), 2),
+                speedup_low=round(ratios[len(ratios) // 4], 2),
+                speedup_high=round(ratios[-1 - len(ratios) // 4], 2),
+                peak_mb=round(peaks[name] / 2**20, 2),
+                **what,
+            )
+        )
+    return rows
+
+
+def _model_call(model: nn.Module, x: Tensor, direction: str) -> Callable[[], object]:
+    def forward() -> object:
+        with torch.no_grad():
+            return model(x)
+
+    def both() -> object:
+        return torch.autograd.grad(
+            model(x).sum(), [p for p in model.parameters() if p.requires_grad], allow_unused=True
+        )
+
+    return forward if direction == "forward" else both
 
 
 def _call(run: Run, tensors: Sequence[Tensor], direction: str) -> Callable[[], object]:
