@@ -19,10 +19,10 @@ from timm.layers import (
 )
 from torch import Tensor, nn
 
+from visionattn.layers.sized import SizedTables
 from visionattn.models._backbone import Backbone
 from visionattn.models._checkpoint import StateDict
-
-Size = tuple[int, int]
+from visionattn.models._hosts._block import Size, init_linear, pair
 
 
 class ViTBlock(nn.Module):
@@ -112,7 +112,7 @@ class PlainViT(Backbone):
         self.head_hidden_size = representation_size or dim
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes, global_pool)
-        self.apply(_init)
+        self.apply(init_linear)
         trunc_normal_(self.pos_embed, std=0.02)
         trunc_normal_(self.cls_token, std=0.02)
 
@@ -148,9 +148,9 @@ class PlainViT(Backbone):
         return x if pre_logits else self.head(x)
 
     def set_input_size(self, img_size: int | Size) -> None:
-        """Make the position embedding, resized, that of images of ``img_size``, for fine-tuning at that size.
+        """Make the position embedding and the mixers' tables, resized, those of images of ``img_size``.
 
-        Any size runs without this: the embedding is then resized in every forward pass.
+        For fine-tuning at that size. Any size runs without this: they are then resized in every forward pass.
         """
         old = self.stem.grid_size
         self.stem.set_input_size(_whole(img_size, self.stem.patch_size[0]))
@@ -160,6 +160,9 @@ class PlainViT(Backbone):
             shape = (1, 1 + self.stem.num_patches, pos.shape[-1])
             resized = pos.new_empty(shape) if pos.is_meta else _resize(pos.detach(), old, new)
             self.pos_embed = nn.Parameter(resized, requires_grad=pos.requires_grad)
+        for module in self.stages.modules():
+            if isinstance(module, SizedTables):
+                module.set_size(new)
 
     def from_official(self, state: StateDict) -> StateDict:
         """Rename the authors' keys; resize a position embedding that is for square images of another size."""
@@ -192,17 +195,10 @@ class PlainViT(Backbone):
 
 def _whole(img_size: int | Size, patch: int) -> Size:
     """``(H, W)`` of images of ``img_size`` padded to whole patches."""
-    H, W = (img_size, img_size) if isinstance(img_size, int) else img_size
+    H, W = pair(img_size)
     return (-(-H // patch) * patch, -(-W // patch) * patch)
 
 
 def _resize(pos: Tensor, old: Size, new: Size) -> Tensor:
     """Bring a position embedding ``(1, 1 + H * W, C)`` from one grid to another; the class token's stays."""
     return resample_abs_pos_embed(pos, new_size=list(new), old_size=list(old))
-
-
-def _init(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
