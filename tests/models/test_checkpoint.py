@@ -1,6 +1,8 @@
 import argparse
 import collections
 import pickle
+import sys
+import types
 
 import pytest
 import timm
@@ -53,6 +55,20 @@ def test_safetensors_and_averaged_weights(tmp_path) -> None:
     torch.save({"model_ema": averaged.state_dict(), "model": raw.state_dict()}, tmp_path / "both.pth")
     assert same(load_checkpoint(target, tmp_path / "both.pth"), raw)
     assert same(load_checkpoint(target, tmp_path / "both.pth", use_ema=True), averaged)
+
+
+def test_a_yacs_configuration_beside_the_weights_is_read_without_yacs(tmp_path, monkeypatch) -> None:
+    CfgNode = type("CfgNode", (dict,), {"__module__": "yacs.config"})
+    package, module = types.ModuleType("yacs"), types.ModuleType("yacs.config")
+    package.config, module.CfgNode = module, CfgNode
+    config = CfgNode(MODEL=CfgNode(NAME="x", DEPTHS=[2, 2], SHAPE=(7, None)), AMP=True)
+    config.__dict__.update(__immutable__=True, __deprecated_keys__=set())
+    source, target = tiny("biformer"), tiny("biformer")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "yacs", package)
+        patch.setitem(sys.modules, "yacs.config", module)
+        torch.save({"model": source.state_dict(), "config": config}, tmp_path / "weights.pth")
+    assert same(load_checkpoint(target, tmp_path / "weights.pth"), source)
 
 
 def test_code_in_a_pickle_is_never_run(tmp_path) -> None:

@@ -1,6 +1,7 @@
 """Read the authors' weight files safely, bring their keys to ours, load them strictly."""
 
 import argparse
+import collections
 import logging
 import pickle
 import re
@@ -32,6 +33,7 @@ class OfficialWeights:
     """Mixin of every model here: knows how the authors' keys map to its own."""
 
     official_rules: Rules = ()  # (pattern, replacement) on the authors' keys in order; None drops the key
+    official_ema: bool = False  # the authors' results are those of the averaged weights in their files
 
     def from_official(self, state: StateDict) -> StateDict:
         """Return a state dict in the authors' naming under our names; one in our naming passes unchanged."""
@@ -48,7 +50,23 @@ class OfficialWeights:
 
     def load_pretrained(self, path: str, prefix: str = "") -> None:
         """Load a weight file for timm's ``create_model(pretrained=True)``; another class count keeps the new head."""
-        load_checkpoint(self, path, keep_classifier="if_classes_differ")  # type: ignore[arg-type]
+        load_checkpoint(
+            self,  # type: ignore[arg-type]
+            path,
+            use_ema=self.official_ema,
+            keep_classifier="if_classes_differ",
+        )
+
+
+class _Config:
+    """Stands in for a configuration class in a weight file: an ordered dictionary of what the file says, no code."""
+
+    def __new__(cls, *_: Any) -> collections.OrderedDict:  # type: ignore[misc]
+        return collections.OrderedDict()
+
+
+# What training scripts keep beside the weights.
+_HARMLESS: tuple[Any, ...] = (argparse.Namespace, (_Config, "yacs.config.CfgNode"))
 
 
 def rename(state: StateDict, rules: Rules) -> StateDict:
@@ -146,7 +164,7 @@ def read_checkpoint(path: str | Path) -> Any:
         except SafetensorError as e:
             raise CheckpointError(f"{path} is not a valid safetensors file: {e}") from e
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # training arguments kept beside the weights
+        with torch.serialization.safe_globals(list(_HARMLESS)):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         found = re.findall(r"(?:GLOBAL|global) ([\w.]+)", str(e))
