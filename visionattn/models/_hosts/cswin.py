@@ -46,6 +46,7 @@ class CSwin(Host):
         **head: ``num_classes``, ``global_pool``, ``drop_rate``.
     """
 
+    official_ema = True
     official_rules = (
         (r"^stage1_conv_embed\.0\.", "stem.0."),
         (r"^stage1_conv_embed\.2\.", "stem.2."),
