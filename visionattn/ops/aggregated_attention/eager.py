@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from visionattn.ops._dispatch import exporting
 
@@ -74,9 +73,7 @@ class _Planes:
         steps = range(-self.r, self.r + 1)
         self.offsets = [self.margin + y * self.W + x for y in steps for x in steps]
         self.q = self.plane(q)  # (B, h, d, N)
-        self.k, self.v = (
-            F.pad(self.plane(x), (self.margin, self.margin)) for x in (k, v)
-        )  # (B, h, d, margin+N+margin)
+        self.k, self.v = self.padded(k), self.padded(v)  # (B, h, d, margin + N + margin)
         self.k_pool, self.v_pool = (x.to(self.dtype).contiguous() for x in (k_pool, v_pool))  # (B, h, P, d)
         self.bias_local = bias_local.to(self.dtype)[..., None]  # (h, cells, 1)
         self.bias_pool = bias_pool.transpose(1, 2)  # (h, P, N)
@@ -84,6 +81,16 @@ class _Planes:
     def plane(self, x: Tensor) -> Tensor:
         """``(B, h, H, W, d)`` to contiguous ``(B, h, d, N)``."""
         return x.flatten(2, 3).transpose(2, 3).to(self.dtype).contiguous()
+
+    def padded(self, x: Tensor) -> Tensor:
+        """As `plane`, with a margin of zeros as wide as the farthest neighbour at both ends."""
+        out = x.new_zeros(*x.shape[:2], x.shape[4], self.H * self.W + 2 * self.margin, dtype=self.dtype)
+        self.inner(out).copy_(x.flatten(2, 3).transpose(2, 3))
+        return out
+
+    def inner(self, x: Tensor) -> Tensor:
+        """Take the margin off: ``(B, h, d, N)``."""
+        return x[..., self.margin : self.margin + self.H * self.W]
 
     def map(self, x: Tensor) -> Tensor:
         """``(B, h, d, N)`` to ``(B, h, H, W, d)``."""
@@ -129,7 +136,7 @@ class _Planes:
         products(q, self.shifts(self.k, chunk), out=logits[:, :c])
         bias_local, bias_pool = self.bias_local[chunk.heads], self.bias_pool[chunk.heads, :, at]
         by_head = logits.unflatten(0, (-1, len(bias_local)))  # (images, heads, cells + P, n)
-        by_head[:, :, :c] += bias_local
+        by_head[:, :, :c].add_(bias_local)
         self.fill_outside(logits[:, :c], chunk, -math.inf)
         pooled = torch.bmm(chunk.of(self.k_pool), q).unflatten(0, by_head.shape[:2])  # (images, heads, P, n)
         torch.add(pooled, bias_pool, out=by_head[:, :, c:])
@@ -205,7 +212,7 @@ def _backward_op(
     douts = s.plane(dout)
     dq, dk, dv = torch.empty_like(s.q), torch.zeros_like(s.k), torch.zeros_like(s.v)
     dk_pool, dv_pool = torch.zeros_like(s.k_pool), torch.zeros_like(s.v_pool)
-    dbias_local, dbias_pool = torch.zeros_like(s.bias_local), torch.zeros_like(s.bias_pool, dtype=s.dtype)
+    dbias_local, dbias_pool = torch.zeros_like(s.bias_local), s.bias_local.new_zeros(s.bias_pool.shape)
     dextra = None if added is None else torch.empty_like(added)
     for chunk in s.chunks():
         at, c = s.tokens(chunk), s.cells
@@ -222,8 +229,8 @@ def _backward_op(
         dattn[:, c:] = torch.bmm(chunk.of(s.v_pool), grad)
         dlogits = torch.ops.aten._softmax_backward_data(dattn, attn, 1, attn.dtype)
         by_head = dlogits.unflatten(0, (-1, dbias_local[chunk.heads].shape[0])).sum(dim=0)  # (heads, cells + P, n)
-        dbias_local[chunk.heads] += by_head[:, :c].sum(dim=2, keepdim=True)
-        dbias_pool[chunk.heads, :, at] += by_head[:, c:]
+        dbias_local[chunk.heads].add_(by_head[:, :c].sum(dim=2, keepdim=True))
+        dbias_pool[chunk.heads, :, at].add_(by_head[:, c:])
         dqueries = torch.bmm(chunk.of(s.k_pool).transpose(1, 2), dlogits[:, c:])
         chunk.of(dk_pool).baddbmm_(dlogits[:, c:], queries.transpose(1, 2))
         for weights, keys, dkeys in zip(
@@ -232,11 +239,10 @@ def _backward_op(
             dqueries.addcmul_(weights[:, None], keys)
             dkeys.addcmul_(weights[:, None], queries)
         chunk.of(dq)[..., at] = dqueries
-    inner = slice(s.margin, s.margin + s.H * s.W)
     return (
         s.map(dq).to(q.dtype),
-        s.map(dk[..., inner]).to(k.dtype),
-        s.map(dv[..., inner]).to(v.dtype),
+        s.map(s.inner(dk)).to(k.dtype),
+        s.map(s.inner(dv)).to(v.dtype),
         dk_pool.to(k.dtype),
         dv_pool.to(v.dtype),
         dbias_local[..., 0].to(bias_local.dtype),
