@@ -264,6 +264,6 @@ def test_every_family_has_a_small_variant() -> None:
     assert covered == families
 
 
-def test_names_are_lower_case_and_new_to_timm() -> None:
+def test_names_are_lower_case() -> None:
     assert all(re.fullmatch(r"[a-z0-9]+(_[a-z0-9]+)*", n) for n in NAMES)
-    assert sorted(NAMES) == NAMES
+    assert len(set(NAMES)) == len(NAMES) > 0

@@ -3,14 +3,14 @@
 from timm.models import list_models as _timm_list_models
 from timm.models import model_entrypoint
 
-from visionattn.models import agent, biformer, gated_vit, infvit, inline, nat, nat_iso, transnext
+from visionattn.models import agent, biformer, gated_vit, infvit, inline, litv2, mala, nat, nat_iso, transnext
 from visionattn.models._checkpoint import CheckpointError, load_checkpoint
 
-FAMILIES = (agent, biformer, gated_vit, infvit, inline, nat, nat_iso, transnext)
+FAMILIES = (agent, biformer, gated_vit, infvit, inline, litv2, mala, nat, nat_iso, transnext)
 
 
 def list_models(pattern: str = "") -> list[str]:
-    """Return the names that this library registers with timm, sorted.
+    """Return the names that this library registers with timm, in natural order.
 
     Args:
         pattern: A wildcard as in `timm.list_models`, such as ``"biformer_*"``; all if empty.

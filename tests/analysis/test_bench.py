@@ -1,0 +1,68 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from visionattn.analysis import bench
+from visionattn.ops import OPERATORS
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_operator_has_cases() -> None:
+    cases = bench.operator_cases()
+    assert {c.operator for c in cases} == set(OPERATORS)
+    with pytest.raises(ValueError, match="no operator named wrong; there are: "):
+        bench.operator_cases(["wrong"])
+
+
+def test_peak_memory_is_what_was_held_at_once() -> None:
+    def call() -> None:
+        x = torch.empty(2**20)  # 4 MiB
+        x = x + 1  # 8 MiB at once
+        del x
+        torch.empty(2**18)
+
+    assert 8 * 2**20 <= bench.peak_bytes(call, "cpu") < 9 * 2**20
+
+
+def test_contestants_that_differ_are_not_timed() -> None:
+    case = bench.Case("square", "small", lambda: [torch.ones(4)], lambda x: x**2 + 0.01, lambda x: x**2)
+    with pytest.raises(AssertionError, match=r"square, small: visionattn is off by 1.0e-02"):
+        bench.measure(case)
+
+
+def test_race_has_a_row_for_each_contestant_and_direction() -> None:
+    case = bench.Case("square", "small", lambda: [torch.ones(4)], lambda x: x**2, lambda x: x * x)
+    rows = bench.measure(case, rounds=3)
+    assert [(r.contestant, r.direction) for r in rows] == [
+        ("published", "forward"),
+        ("visionattn", "forward"),
+        ("published", "forward+backward"),
+        ("visionattn", "forward+backward"),
+    ]
+    for row in rows:
+        assert row.ms > 0
+        assert row.speedup_low <= row.speedup <= row.speedup_high
+    assert rows[0].speedup == 1.0
+
+
+@pytest.mark.slow
+def test_command_line_writes_rows_and_the_machine(tmp_path) -> None:
+    out = tmp_path / "rows.json"
+    command = [sys.executable, ROOT / "tools/benchmark.py"]
+    ops = [*command, "ops", "routed_attention", "--shape", "stage 4 at 224", "--rounds", "1", "--out", out]
+    done = subprocess.run(ops, capture_output=True, text=True, check=True)
+    data = json.loads(out.read_text())
+    assert data["machine"]["torch"] == torch.__version__
+    assert [r["contestant"] for r in data["rows"]] == ["published", "visionattn"] * 2
+    assert "speed-up" in done.stdout
+    wrong = subprocess.run([*command, "ops", "wrong"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2
+    assert "no operator named wrong" in wrong.stderr
+    models = [*command, "models", "convit_tiny", "--size", "64", "--rounds", "1"]
+    done = subprocess.run(models, capture_output=True, text=True, check=True)
+    assert "convit_tiny, 64x64, batch 1" in done.stdout
