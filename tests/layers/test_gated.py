@@ -6,12 +6,13 @@ from torch import Tensor
 
 from tests.golden import TOLERANCE, assert_grad_norms, golden, golden_input, relative_error
 from visionattn.layers.attention.gated import GATES, GatedAttention
+from visionattn.models._checkpoint import OfficialWeights
 from visionattn.models.gated_vit import GatedViT
 
 PREFIX = "stages.0.attn."
 
 
-class Layer(GatedAttention):
+class Layer(OfficialWeights, GatedAttention):
     """The layer, with the model's map of official keys."""
 
     def from_official(self, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -7,12 +7,13 @@ from torch import Tensor
 from tests.golden import TOLERANCE, assert_grad_norms, golden, golden_input, relative_error
 from visionattn import use_impl
 from visionattn.layers.attention.infinite import InfiniteAttention
+from visionattn.models._checkpoint import OfficialWeights
 from visionattn.models.infvit import InfViT
 
 PREFIX = "stages.0.attn."
 
 
-class Layer(InfiniteAttention):
+class Layer(OfficialWeights, InfiniteAttention):
     """The layer, with the model's map of official keys."""
 
     def from_official(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
