@@ -17,7 +17,7 @@ from visionattn.ops._dispatch import exporting
 from visionattn.ops.neighborhood_attention._tiles import Tiling, tiling
 from visionattn.ops.neighborhood_attention._windows import Pair
 
-CHUNK_BYTES = {"cpu": 2 * 2**20}  # logits, gathered keys and values of one chunk: about the size of a core's cache
+CHUNK_BYTES = {"cpu": 4 * 2**20}  # logits, gathered keys and values of one chunk: it stays in the cache
 CHUNK_BYTES_ELSEWHERE = 256 * 2**20
 
 
