@@ -17,7 +17,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup  ## train BiFormer on scikit-learn's digits, validate it, draw what it routed to (under 5 minutes, no download)
-	$(BIN)/python tools/train.py configs/digits/biformer_t.yaml --output output --experiment demo
+	$(BIN)/python tools/train.py configs/digits/biformer_t.yaml --output output --experiment demo --overwrite
 	$(BIN)/python tools/validate.py --checkpoint output/demo/model_best.safetensors
 	$(BIN)/python tools/draw_routing.py --checkpoint output/demo/model_best.safetensors --out output/demo/routing.png
 

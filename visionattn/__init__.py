@@ -1,5 +1,6 @@
 """Attention backbones for computer vision. Importing this package registers its models with timm."""
 
+from visionattn.convert import ConvertReport, convert, convert_report
 from visionattn.fuse import FuseReport, fuse, fuse_report
 from visionattn.models import CheckpointError, list_models, load_checkpoint
 from visionattn.ops import UnsupportedError, get_impl, set_impl, use_impl
@@ -8,8 +9,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",
+    "ConvertReport",
     "FuseReport",
     "UnsupportedError",
+    "convert",
+    "convert_report",
     "fuse",
     "fuse_report",
     "get_impl",

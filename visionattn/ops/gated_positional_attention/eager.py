@@ -26,8 +26,8 @@ def forward(
     by_row = _axis(v.shape[2], b, c, bias).to(v.dtype)  # (h, H, H)
     by_position = by_column[:, None] @ v  # (B, h, H, W, dv)
     by_position = (by_row @ by_position.flatten(3)).view(v.shape)
-    tokens = (x.flatten(2, 3) for x in (q, k, v))  # 3 x (B, h, N, d)
-    by_content = F.scaled_dot_product_attention(*tokens, scale=scale).view(v.shape)
+    q, k, tokens = (x.flatten(2, 3) for x in (q, k, v))  # 3 x (B, h, N, d)
+    by_content = F.scaled_dot_product_attention(q, k, tokens, scale=scale).view(v.shape)
     return torch.lerp(by_content, by_position, gate.to(v.dtype).view(-1, 1, 1, 1))
 
 
