@@ -73,6 +73,8 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
         "inline_cswin_t",
         {"dims": (16, 32), "depths": (1, 1), "num_heads": (2, 2), "inline_depths": (1, 0), "split_size": 3},
     ),
+    "mala": ("mala_t", {"dims": (16, 32, 48, 64), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 2), "projection": 96}),
+    "litv2": ("litv2_s", {"dims": (16, 32, 48, 64), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 4), "alpha": 0.5}),
 }
 
 
