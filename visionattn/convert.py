@@ -184,7 +184,7 @@ def _matches(name: str, patterns: list[str]) -> bool:
     return any(fnmatch.fnmatch(name, p) for p in patterns)
 
 
-def _read(module: nn.Module, parent: nn.Module, model: nn.Module) -> _Source | str:
+def _read(module: Any, parent: Any, model: Any) -> _Source | str:
     """Take a module apart, or say why it cannot be replaced."""
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     if isinstance(module, Attention):
@@ -210,9 +210,9 @@ def _read(module: nn.Module, parent: nn.Module, model: nn.Module) -> _Source | s
             lost="relative position bias",
         )
     if isinstance(module, PvtAttention):
-        joined = [torch.cat([a, b]) for a, b in zip(_pair(module.q), _pair(module.kv), strict=True) if a is not None]
         lost = "spatial reduction of keys and values" if module.sr is not None else ""
-        qkv = (joined[0], joined[1] if len(joined) > 1 else None)
+        q, kv = module.q, module.kv
+        qkv = (torch.cat([q.weight, kv.weight]), None if q.bias is None else torch.cat([q.bias, kv.bias]))
         return _Source(module.dim, module.num_heads, qkv, _pair(module.proj), drop=module.proj_drop, lost=lost)
     if isinstance(module, nn.MultiheadAttention):
         if not module.batch_first or module.in_proj_weight is None or module.bias_k is not None:
@@ -226,7 +226,7 @@ def _read(module: nn.Module, parent: nn.Module, model: nn.Module) -> _Source | s
     return _Source(module.qkv.in_features, module.num_heads, _pair(module.qkv), _pair(module.proj), size, 1)
 
 
-def _pair(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+def _pair(linear: Any) -> tuple[Tensor, Tensor | None]:
     return linear.weight, linear.bias
 
 
@@ -253,7 +253,7 @@ def _make(mixer: str, source: _Source, kwargs: dict[str, Any]) -> Converted:
 
 
 @torch.no_grad()
-def _copy(source: _Source, mixer: nn.Module) -> None:
+def _copy(source: _Source, mixer: Any) -> None:
     for linear, (weight, bias) in ((mixer.qkv, source.qkv), (mixer.proj, source.proj)):
         linear.weight.copy_(weight)
         if bias is None:

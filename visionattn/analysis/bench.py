@@ -154,13 +154,16 @@ def measure_model(
         model = timm.create_model(name).eval().to(device, DTYPES[dtype])
         contestants: dict[str, nn.Module] = {"reference operators": OnReference(model), "visionattn": model}
     else:
-        model = timm.create_model(name, **({"img_size": size} if "convit" in name else {})).eval()
+        sized: dict[str, Any] = {"img_size": size} if name.startswith("convit") else {}
+        model = timm.create_model(name, **sized).eval()
         if hasattr(model, "set_input_size"):
             model.set_input_size((size, size))
         model = model.to(device, DTYPES[dtype])
         contestants = {"timm": model, "visionattn": fuse(copy.deepcopy(model))}
     if compiled:
-        contestants |= {f"{k}, compiled": torch.compile(copy.deepcopy(v)) for k, v in contestants.items()}
+        for key, run in list(contestants.items()):
+            own: Any = torch.compile(copy.deepcopy(run))
+            contestants[f"{key}, compiled"] = own
     x = randn(batch, 3, size, size).to(device, DTYPES[dtype])
     label = f"{size}x{size}, batch {batch}"
     with torch.no_grad():

@@ -104,7 +104,9 @@ def draw_routing(
             axis.imshow(mask, cmap="inferno", vmin=0, vmax=1, alpha=0.55, extent=(0, 1, 1, 0), interpolation="nearest")
             height, width = 1 / routing.grid[0], 1 / routing.grid[1]
             row, column = divmod(query, routing.grid[1])
-            frame = Rectangle((column * width, row * height), width, height, fill=False, edgecolor="deepskyblue", lw=2.5)
+            frame = Rectangle(
+                (column * width, row * height), width, height, fill=False, edgecolor="deepskyblue", lw=2.5
+            )
             axis.add_patch(frame)
     for i, routing in enumerate(rows, start=1):
         stage = int(routing.name.split(".")[1]) + 1

@@ -41,9 +41,9 @@ def validation_samples(checkpoint: Path, *, count: int, data_dir: str | None = N
         data_dir = read_yaml(beside).get("data_dir")
     data = DataConfig(**{key: getattr(info, key) for key in DataConfig._fields})
     dataset = open_dataset(info.dataset, data_dir, info.val_split, training=False, in_chans=info.in_chans)
-    transform: Any = create_transform(
-        tuple(data.input_size), **{k: v for k, v in data._asdict().items() if k != "input_size"}
-    )
+    channels, height, width = data.input_size
+    options = {key: value for key, value in data._asdict().items() if key != "input_size"}
+    transform: Any = create_transform((channels, height, width), **options)
     picks = [int(i) for i in torch.linspace(0, len(dataset) - 1, min(count, len(dataset)))]
     items = [dataset[i] for i in picks]
     inputs = torch.stack([transform(image) for image, _ in items])

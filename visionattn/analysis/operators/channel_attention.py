@@ -17,17 +17,20 @@ SHAPES = {  # groups, tokens
 
 def cases() -> list[Case]:
     """Return one case a shape."""
-    return [
-        Case(
-            "channel_attention",
-            f"DaViT-T {shape}",
-            # as the projection leaves them: the three side by side, tokens before groups
-            lambda n=tokens, g=groups: [randn(1, n, 3, g, DIM)],
-            lambda qkv: channel_attention(*_split(qkv)),
-            lambda qkv: published(*_split(qkv)),
-        )
-        for shape, (groups, tokens) in SHAPES.items()
-    ]
+    return [_case(shape, *numbers) for shape, numbers in SHAPES.items()]
+
+
+def _case(shape: str, groups: int, tokens: int) -> Case:
+    def inputs() -> list[Tensor]:
+        return [randn(1, tokens, 3, groups, DIM)]  # as the projection leaves them
+
+    def run(qkv: Tensor) -> Tensor:
+        return channel_attention(*_split(qkv))
+
+    def authors(qkv: Tensor) -> Tensor:
+        return published(*_split(qkv))
+
+    return Case("channel_attention", f"DaViT-T {shape}", inputs, run, authors)
 
 
 def _split(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
