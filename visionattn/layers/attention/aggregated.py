@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from visionattn.layers.channels_last import ConvNHWC
 from visionattn.layers.log_position_bias import LogPositionBias, Size
 from visionattn.ops import Impl, aggregated_attention
+from visionattn.ops._dispatch import exporting
 
 
 class _CosineAttention(nn.Module):
@@ -146,5 +147,8 @@ class FullCosineAttention(_CosineAttention):
         q, k = self.scaled(F.normalize(q, dim=-1), math.log(H * W)), F.normalize(k, dim=-1)
         bias = self.cpb((H, W), (H, W)).contiguous()
         q, k, bias = (y.to(v.dtype) for y in (q, k, bias[None]))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+        if exporting():  # the layout of the fused result with a bias is not the one that exporters decompose it to
+            y = (q @ k.transpose(-2, -1) + bias).softmax(dim=-1) @ v
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
         return self.proj(y.transpose(1, 2).reshape(B, H, W, C))
