@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from visionattn.layers.attention.agent import AgentAttention
 from visionattn.layers.attention.softmax import SoftmaxAttention
-from visionattn.layers.sized import SizedTables, fit_tables
+from visionattn.layers.sized import fit_tables
 from visionattn.models._checkpoint import Rules, StateDict
 from visionattn.models._create import cfg, create
 from visionattn.models._hosts._block import Host, Mixer, Size, pair
@@ -95,13 +95,6 @@ class AgentDeiT(PlainViT):
             )
 
         super().__init__(mixer=mixer, img_size=img_size, dim=dim, depth=depth, **kwargs)
-
-    def set_input_size(self, img_size: int | Size) -> None:
-        """Make the position embedding and the bias tables, resized, those of images of ``img_size``."""
-        super().set_input_size(img_size)
-        for module in self.modules():
-            if isinstance(module, SizedTables):
-                module.set_size(self.stem.grid_size)
 
     def from_official(self, state: StateDict) -> StateDict:
         """Rename the authors' keys; bring their tables to our shapes, and to our image size."""

@@ -101,23 +101,23 @@ class AgentAttention(nn.Module):
 
     def forward(self, x: Tensor, size: Size | None = None) -> Tensor:
         shape, (H, W) = x.shape, x.shape[1:3] if size is None else size
-        B, C, P = shape[0], shape[-1], self.prefix_tokens
-        qkv = self.qkv(x).view(B, -1, 3 * C)  # (B, P + H * W, 3 C)
-        on_map = qkv[:, P:].unflatten(1, (H, W))
-        agents = pool_to_grid(on_map[..., :C], self.pool).view(B, -1, self.num_heads, C // self.num_heads)
-        local = self.dwc(on_map[..., 2 * C :]).flatten(1, 2)
-        q, k, v = qkv.view(B, -1, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)  # 3 x (B, h, N, d)
+        B, P, heads = shape[0], self.prefix_tokens, (self.num_heads, -1)
+        q, k, v = self.qkv(x).view(B, -1, 3 * shape[-1]).chunk(3, dim=-1)  # 3 x (B, P + H * W, C)
+        q_map, v_map = ((t[:, P:] if P else t).unflatten(1, (H, W)) for t in (q, v))
+        agents = pool_to_grid(q_map, self.pool).flatten(1, 2)  # (B, a, C)
+        local = self.dwc(v_map).flatten(1, 2)
+        q, k, v, agents = (t.unflatten(-1, heads).transpose(1, 2) for t in (q, k, v, agents))  # (B, h, tokens, d)
         y = agent_attention(
             q,
             k,
             v,
-            agents.transpose(1, 2),
+            agents,
             size=(H, W),
             key_bias=self.key_bias(self.pool),
             query_bias=self.query_bias(self.pool),
             impl=self.impl,
         )
-        y = y.transpose(1, 2).flatten(2) + F.pad(local, (0, 0, P, 0))
+        y = y.transpose(1, 2).flatten(2) + (F.pad(local, (0, 0, P, 0)) if P else local)
         return self.proj(y).view(shape)
 
 

@@ -111,11 +111,12 @@ class InLineAttention(nn.Module):
     def forward(self, x: Tensor, size: Size | None = None, *, context: Tensor | None = None) -> Tensor:
         shape, (H, W) = x.shape, x.shape[1:3] if size is None else size
         B, C, P = shape[0], shape[-1], self.prefix_tokens
-        qkv = self.qkv(x).view(B, -1, 3 * C)  # (B, P + H * W, 3 C)
-        values = qkv[:, P:, 2 * C :].unflatten(1, (H, W))
+        q, k, v = self.qkv(x).view(B, -1, 3 * C).chunk(3, dim=-1)  # 3 x (B, P + H * W, C)
+        values = (v[:, P:] if P else v).unflatten(1, (H, W))
         local = self.residual(values, (x if context is None else context).view(B, -1, C).mean(dim=1))
         if self.lepe is not None:
             local = local + self.lepe(values)
-        q, k, v = qkv.view(B, -1, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)  # 3 x (B, h, N, d)
+        local = local.flatten(1, 2)
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # 3 x (B, h, N, d)
         y = linear_attention(q, k, v, normalization="injective", impl=self.impl).transpose(1, 2).flatten(2)
-        return self.proj(y + F.pad(local.flatten(1, 2), (0, 0, P, 0))).view(shape)
+        return self.proj(y + (F.pad(local, (0, 0, P, 0)) if P else local)).view(shape)
