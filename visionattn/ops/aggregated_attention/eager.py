@@ -14,7 +14,7 @@ from torch import Tensor
 
 from visionattn.ops._dispatch import exporting
 
-CHUNK_BYTES = {"cpu": 2**20}  # of weights, or of one map, in a chunk: about the size of a core's cache
+CHUNK_BYTES = {"cpu": 2**22}  # of weights in a chunk: within a last-level cache, and few enough chunks
 CHUNK_BYTES_ELSEWHERE = 2**28
 
 
@@ -226,9 +226,10 @@ def _backward_op(
         if dextra is not None:
             s.fill_outside(dattn[:, :c], chunk, 0.0)
             chunk.of(dextra)[..., at] = dattn[:, :c]
-        dattn[:, c:] = torch.bmm(chunk.of(s.v_pool), grad)
+        torch.bmm(chunk.of(s.v_pool), grad, out=dattn[:, c:])
         dlogits = torch.ops.aten._softmax_backward_data(dattn, attn, 1, attn.dtype)
-        by_head = dlogits.unflatten(0, (-1, dbias_local[chunk.heads].shape[0])).sum(dim=0)  # (heads, cells + P, n)
+        by_head = dlogits.unflatten(0, (-1, len(dbias_local[chunk.heads])))  # (images, heads, cells + P, n)
+        by_head = by_head[0] if by_head.shape[0] == 1 else by_head.sum(dim=0)
         dbias_local[chunk.heads].add_(by_head[:, :c].sum(dim=2, keepdim=True))
         dbias_pool[chunk.heads, :, at].add_(by_head[:, c:])
         dqueries = torch.bmm(chunk.of(s.k_pool).transpose(1, 2), dlogits[:, c:])
