@@ -47,7 +47,7 @@ class PositionEmbedding(SizedTables):
         trunc_normal_(self.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        pos = self.weight
+        pos: Tensor = self.weight
         if x.shape[1:3] != pos.shape[:2]:
             pos = pos.permute(2, 0, 1).unsqueeze(0)
             pos = F.interpolate(pos, size=x.shape[1:3], mode="bilinear", align_corners=False)[0].permute(1, 2, 0)

@@ -36,7 +36,9 @@ class AgentBiasTables(SizedTables):
     def forward(self, agents: Size) -> AgentBias:
         """Return the tables for a grid of ``agents``, resized (bilinear) if it is not the own one."""
         prefix = None if self.prefix is None else self._regrid(self.prefix, agents)
-        return AgentBias(*(self._regrid(x, agents) for x in (self.grid, self.rows, self.cols)), prefix)
+        return AgentBias(
+            self._regrid(self.grid, agents), self._regrid(self.rows, agents), self._regrid(self.cols, agents), prefix
+        )
 
     def table_shape(self, name: str, size: Size) -> tuple[int, ...]:
         """Rows and columns follow the map."""

@@ -26,7 +26,7 @@ class GroupedLinear(nn.Module):
         super().__init__()
         conv = nn.Conv1d(dim, out_dim, 1, groups=groups)  # for its initial values
         self.weight = nn.Parameter(conv.weight.detach().unflatten(0, (groups, -1))[..., 0])  # (groups, out / g, C / g)
-        self.bias = nn.Parameter(conv.bias.detach())  # type: ignore[union-attr]
+        self.bias = nn.Parameter(conv.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         groups = self.weight.shape[0]

@@ -1,8 +1,9 @@
 """What the hosts share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import cast
 
-from timm.layers import DropPath, LayerNorm, Mlp, trunc_normal_
+from timm.layers import DropPath, LayerNorm, Mlp, calculate_drop_path_rates, trunc_normal_
 from torch import Tensor, nn
 
 from visionattn.layers.sized import SizedTables, fit_tables
@@ -80,3 +81,8 @@ def init_linear(module: nn.Module) -> None:
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def stage_rates(last: float, depths: Sequence[int]) -> list[list[float]]:
+    """Rates of stochastic depth by stage and block, rising linearly from 0 to ``last``."""
+    return cast("list[list[float]]", calculate_drop_path_rates(last, list(depths), stagewise=True))

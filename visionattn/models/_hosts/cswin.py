@@ -5,13 +5,14 @@ Paper: Dong et al., arXiv:2107.00652.
 
 from typing import Any
 
-from timm.layers import LayerNorm, calculate_drop_path_rates
+from timm.layers import LayerNorm
 from torch import Tensor, nn
 
 from visionattn.layers.attention.window import StripeAttention
 from visionattn.layers.channels_last import ConvNHWC, ToNHWC
 from visionattn.models._backbone import Stage
-from visionattn.models._hosts._block import Host, MapBlock, Mixer, Size, init_linear, pair
+from visionattn.models._checkpoint import Rules
+from visionattn.models._hosts._block import Host, MapBlock, Mixer, Size, init_linear, pair, stage_rates
 from visionattn.ops import Impl
 
 
@@ -47,7 +48,7 @@ class CSwin(Host):
     """
 
     official_ema = True
-    official_rules = (
+    official_rules: Rules = (
         (r"^stage1_conv_embed\.0\.", "stem.0."),
         (r"^stage1_conv_embed\.2\.", "stem.2."),
         *((rf"^merge{i}\.conv\.", f"stages.{i}.downsample.0.") for i in (1, 2, 3)),
@@ -78,7 +79,7 @@ class CSwin(Host):
         if not len(dims) == len(depths) == len(num_heads):
             raise ValueError(f"dims, depths and num_heads must be as long, got {dims}, {depths} and {num_heads}")
         split = max(7, min(pair(img_size)) // 32) if split_size is None else split_size
-        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        rates = stage_rates(drop_path_rate, depths)
         self.stem = nn.Sequential(
             nn.Conv2d(in_chans, dims[0], 7, stride=4, padding=2), ToNHWC(), LayerNorm(dims[0], eps=1e-5)
         )

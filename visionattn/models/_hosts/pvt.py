@@ -7,14 +7,14 @@ from math import isqrt
 from typing import Any
 
 import torch
-from timm.layers import LayerNorm, calculate_drop_path_rates
+from timm.layers import LayerNorm
 from torch import nn
 
 from visionattn.layers.channels_last import ConvNHWC, ToNHWC
 from visionattn.layers.sized import PositionEmbedding
 from visionattn.models._backbone import Stage
-from visionattn.models._checkpoint import StateDict
-from visionattn.models._hosts._block import Host, MapBlock, Mixer, Size, init_linear, pair
+from visionattn.models._checkpoint import Rules, StateDict
+from visionattn.models._hosts._block import Host, MapBlock, Mixer, Size, init_linear, pair, stage_rates
 
 STRIDES = (4, 2, 2, 2)
 
@@ -35,7 +35,7 @@ class PVT(Host):
         **head: ``num_classes``, ``global_pool``, ``drop_rate``.
     """
 
-    official_rules = (
+    official_rules: Rules = (
         (r"^patch_embed1\.proj\.", "stem.0."),
         (r"^patch_embed1\.norm\.", "stem.2."),
         (r"^pos_embed1$", "stem.3.weight"),
@@ -63,7 +63,7 @@ class PVT(Host):
         if not len(dims) == len(depths) == len(mlp_ratios):
             raise ValueError(f"dims, depths and mlp_ratios must be as long, got {dims}, {depths} and {mlp_ratios}")
         sizes = self.map_sizes(img_size)
-        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        rates = stage_rates(drop_path_rate, depths)
         self.stem = nn.Sequential(
             nn.Conv2d(in_chans, dims[0], STRIDES[0], stride=STRIDES[0]),
             ToNHWC(),
@@ -79,9 +79,12 @@ class PVT(Host):
                     LayerNorm(dim, eps=1e-5),
                     PositionEmbedding(dim, sizes[s]),
                 )
-            blocks = [
-                MapBlock(dim, mixer(s, i), mlp_ratio=ratio, drop_path=rate, eps=1e-6) for i, rate in enumerate(rates[s])
-            ]
+            blocks = []
+            for i, rate in enumerate(rates[s]):
+                attn = mixer(s, i)
+                if attn is None:
+                    raise ValueError(f"PVT has no attention of its own: mixer must make one for block {i} of stage {s}")
+                blocks.append(MapBlock(dim, attn, mlp_ratio=ratio, drop_path=rate, eps=1e-6))
             self.stages.append(Stage(downsample, blocks))
         self.norm = nn.Identity()
         self.apply(init_linear)

@@ -6,14 +6,14 @@ Paper: Liu et al., arXiv:2103.14030.
 from functools import partial
 from typing import Any, ClassVar
 
-from timm.layers import LayerNorm, PatchEmbed, calculate_drop_path_rates, resize_rel_pos_bias_table_simple
+from timm.layers import LayerNorm, PatchEmbed, resize_rel_pos_bias_table_simple
 from torch import nn
 
 from visionattn.layers.attention.window import WindowAttention
 from visionattn.layers.patch import PatchMerging
 from visionattn.models._backbone import Stage
-from visionattn.models._checkpoint import StateDict
-from visionattn.models._hosts._block import Host, MapBlock, Mixer, Size, init_linear, pair
+from visionattn.models._checkpoint import Rules, StateDict
+from visionattn.models._hosts._block import Host, MapBlock, Mixer, Size, init_linear, pair, stage_rates
 from visionattn.ops import Impl
 
 PATCH = 4
@@ -43,7 +43,7 @@ class Swin(Host):
     """
 
     no_decay: ClassVar[tuple[str, ...]] = ("relative_position_bias_table",)
-    official_rules = (
+    official_rules: Rules = (
         (r"relative_position_index$|attn_mask$", None),
         (r"^patch_embed\.", "stem."),
         (r"^layers\.2\.downsample\.", "stages.3.downsample."),
@@ -78,7 +78,7 @@ class Swin(Host):
         if not len(dims) == len(depths) == len(num_heads):
             raise ValueError(f"dims, depths and num_heads must be as long, got {dims}, {depths} and {num_heads}")
         window = max(7, min(pair(img_size)) // 32) if window_size is None else window_size
-        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        rates = stage_rates(drop_path_rate, depths)
         self.stem = PatchEmbed(
             None,
             PATCH,
