@@ -25,16 +25,13 @@ class DeformablePatchMerging(nn.Module):
         self.offset = nn.Conv2d(dim, 8, 2, stride=2)  # (row, column) of each tap, row by row
         self.norm = nn.BatchNorm2d(out_dim)
         self.act = nn.GELU()
-        nn.init.zeros_(self.offset.weight)
-        nn.init.zeros_(self.offset.bias)
+        for parameter in self.offset.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.permute(0, 3, 1, 2)
         offset = self.offset(x)  # (B, 8, H // 2, W // 2)
-        if exporting():
-            x = self.conv(_sample(x, offset))
-        else:
-            x = _deform(x, offset, self.conv)
+        x = self.conv(_sample(x, offset)) if exporting() else _deform(x, offset, self.conv)
         return self.act(self.norm(x)).permute(0, 2, 3, 1)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Size = tuple[int, int]
+Zone = tuple[int, int, int]
 
 SMALL = 64  # tokens of a window up to which two batched products beat SDPA's kernel on a CPU (measured on 2 cores)
 
@@ -26,28 +27,29 @@ def forward(
     """Attend in every window."""
     if shift == (0, 0):
         return _attend(q, k, v, window, bias, grid, scale)
+    row_zones, col_zones = (_zones(q.shape[2 + i], window[i], shift[i]) for i in range(2))
     rows = []
-    for top, bottom, first_row, wh in _zones(q.shape[2], window[0], shift[0]):
-        row = []
-        for left, right, first_col, ww in _zones(q.shape[3], window[1], shift[1]):
-            zone = (x[:, :, top:bottom, left:right] for x in (q, k, v))
+    for (_, top, wh), *row in zip(row_zones, *(_split(x, row_zones, dim=2) for x in (q, k, v)), strict=True):
+        parts = []
+        for (_, left, ww), *zone in zip(col_zones, *(_split(x, col_zones, dim=3) for x in row), strict=True):
             part = bias
             if bias is not None and (wh, ww) != window:
                 part = bias.unflatten(2, window).unflatten(1, window)  # (h, wh, ww, wh, ww)
-                r, c = slice(first_row, first_row + wh), slice(first_col, first_col + ww)
+                r, c = slice(top, top + wh), slice(left, left + ww)
                 part = part[:, r, c, r, c].flatten(3, 4).flatten(1, 2)
-            row.append(_attend(*zone, (wh, ww), part, grid, scale))
-        rows.append(torch.cat(row, dim=3) if len(row) > 1 else row[0])
-    return torch.cat(rows, dim=2) if len(rows) > 1 else rows[0]
+            parts.append(_attend(zone[0], zone[1], zone[2], (wh, ww), part, grid, scale))
+        rows.append(torch.cat(parts, dim=3))
+    return torch.cat(rows, dim=2)
 
 
-def _zones(size: int, window: int, shift: int) -> list[tuple[int, int, int, int]]:
-    """Spans of an axis with equal windows: start, stop, first token of the full window that is kept, tokens kept."""
-    if not shift:
-        return [(0, size, 0, window)]
-    last = size - window + shift
-    zones = [(0, shift, window - shift, shift), (shift, last, 0, window), (last, size, 0, window - shift)]
-    return [zone for zone in zones if zone[0] < zone[1]]
+def _zones(size: int, window: int, shift: int) -> list[Zone]:
+    """Cut an axis into zones of equal windows: length, first token of the full window that is kept, tokens kept."""
+    zones = [(shift, window - shift, shift), (size - window, 0, window), (window - shift, 0, window - shift)]
+    return [zone for zone in zones if zone[0]] if shift else [(size, 0, window)]
+
+
+def _split(x: Tensor, zones: list[Zone], dim: int) -> tuple[Tensor, ...]:
+    return x.split([zone[0] for zone in zones], dim=dim)  # unlike slices, one concatenation in the backward pass
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, window: Size, bias: Tensor | None, grid: bool, scale: float) -> Tensor:
@@ -59,7 +61,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, window: Size, bias: Tensor | None, 
     to_windows = (0, 3, 5, 1, 2, 4, 6) if grid else (0, 2, 4, 1, 3, 5, 6)
     to_map = (0, 4, 1, 5, 2, 3, 6) if grid else (0, 1, 4, 2, 5, 3, 6)
     q, k, v = (
-        x.unflatten(3, split[1]).unflatten(2, split[0]).permute(to_windows).reshape(B * count, h, n, x.shape[-1])
+        x.view(B, h, *split[0], *split[1], x.shape[-1]).permute(to_windows).reshape(B * count, h, n, x.shape[-1])
         for x in (q, k, v)
     )  # (B * P, h, n, d)
     if n <= SMALL and q.device.type == "cpu":
