@@ -24,7 +24,7 @@ from visionattn.models._hosts.pvt import PVT
 from visionattn.models._hosts.swin import Swin
 from visionattn.ops import Impl
 
-AGENTS = ((3, 3), (4, 4), (7, 7), (7, 7))  # grids of agents by stage
+AGENTS = (3, 4, 7, 7)  # sides of the grids of agents by stage
 
 TABLES: Rules = (
     (r"\.an_bias$", ".key_bias.grid"),
@@ -60,7 +60,7 @@ class AgentDeiT(PlainViT):
         dim: Channels.
         depth: Blocks.
         num_heads: Heads.
-        agents: Grid of agents that the bias tables are for.
+        agents: Grid of agents, or its side, that the bias tables are for.
         agent_layers: How many blocks have agents; the rest has softmax attention.
         pool: Grid of agents to use; ``agents`` if None.
         img_size: Images that the tables are for; others get resized tables.
@@ -76,9 +76,9 @@ class AgentDeiT(PlainViT):
         dim: int = 192,
         depth: int = 12,
         num_heads: int = 3,
-        agents: Size = (7, 7),
+        agents: int | Size = 7,
         agent_layers: int = 12,
-        pool: Size | None = None,
+        pool: int | Size | None = None,
         img_size: int | Size = 224,
         impl: Impl = "auto",
         **kwargs: Any,
@@ -106,7 +106,7 @@ class AgentPVT(PVT):
 
     Args:
         num_heads: Heads by stage.
-        agents: Grids of agents that the bias tables are for, by stage.
+        agents: Grids of agents, or their sides, that the bias tables are for, by stage.
         pools: Grids of agents to use, by stage; ``agents`` if None. The authors use 12, 16, 28 and 28 a side for
             detection and segmentation.
         impl: Implementation of the attention operator.
@@ -121,8 +121,8 @@ class AgentPVT(PVT):
         self,
         *,
         num_heads: tuple[int, ...] = (1, 2, 5, 8),
-        agents: tuple[Size, ...] = AGENTS,
-        pools: tuple[Size, ...] | None = None,
+        agents: tuple[int | Size, ...] = AGENTS,
+        pools: tuple[int | Size, ...] | None = None,
         impl: Impl = "auto",
         dims: tuple[int, ...] = (64, 128, 320, 512),
         img_size: int | Size = 224,
@@ -141,7 +141,7 @@ class AgentSwin(Swin):
 
     Args:
         num_heads: Heads by stage.
-        agents: Grids of agents that the bias tables are for, by stage.
+        agents: Grids of agents, or their sides, that the bias tables are for, by stage.
         agent_depths: How many blocks of each stage have agents.
         pools: Grids of agents to use, by stage; ``agents`` if None. The authors use 9, 12, 14 and 7 a side for
             detection and segmentation.
@@ -157,9 +157,9 @@ class AgentSwin(Swin):
         self,
         *,
         num_heads: tuple[int, ...] = (3, 6, 12, 24),
-        agents: tuple[Size, ...] = AGENTS,
+        agents: tuple[int | Size, ...] = AGENTS,
         agent_depths: tuple[int, ...] = (2, 2, 6, 0),
-        pools: tuple[Size, ...] | None = None,
+        pools: tuple[int | Size, ...] | None = None,
         impl: Impl = "auto",
         dims: tuple[int, ...] = (96, 192, 384, 768),
         img_size: int | Size = 224,
@@ -178,7 +178,7 @@ class AgentCSwin(CSwin):
 
     Args:
         num_heads: Heads by stage.
-        agents: Grids of agents that the bias tables are for, by stage.
+        agents: Grids of agents, or their sides, that the bias tables are for, by stage.
         agent_depths: How many blocks of each stage have agents.
         pools: Grids of agents to use, by stage; ``agents`` if None.
         impl: Implementation of both attention operators.
@@ -193,9 +193,9 @@ class AgentCSwin(CSwin):
         self,
         *,
         num_heads: tuple[int, ...] = (2, 4, 8, 16),
-        agents: tuple[Size, ...] = AGENTS,
+        agents: tuple[int | Size, ...] = AGENTS,
         agent_depths: tuple[int, ...] = (2, 4, 0, 0),
-        pools: tuple[Size, ...] | None = None,
+        pools: tuple[int | Size, ...] | None = None,
         impl: Impl = "auto",
         dims: tuple[int, ...] = (64, 128, 256, 512),
         img_size: int | Size = 224,
@@ -215,9 +215,9 @@ def _mixer(
     host: type[Host],
     dims: tuple[int, ...],
     num_heads: tuple[int, ...],
-    agents: tuple[Size, ...],
+    agents: tuple[int | Size, ...],
     agent_depths: tuple[int, ...] | None,
-    pools: tuple[Size, ...] | None,
+    pools: tuple[int | Size, ...] | None,
     img_size: int | Size,
     impl: Impl,
 ) -> Mixer:
@@ -235,7 +235,7 @@ def _mixer(
     return mixer
 
 
-DEIT_B: dict[str, Any] = {"dim": 768, "num_heads": 12, "agents": (9, 9), "agent_layers": 4}
+DEIT_B: dict[str, Any] = {"dim": 768, "num_heads": 12, "agents": 9, "agent_layers": 4}
 SWIN_S: dict[str, Any] = {"depths": (2, 2, 18, 2), "agent_depths": (2, 2, 0, 0)}
 SWIN_B: dict[str, Any] = {
     "dims": (128, 256, 512, 1024),

@@ -69,7 +69,7 @@ class AgentAttention(nn.Module):
     Args:
         dim: Channels.
         num_heads: Heads; ``dim`` must be a multiple.
-        agents: Grid of agents that the bias tables are for.
+        agents: Grid of agents that the bias tables are for, or its side.
         size: Map ``(H, W)`` that the bias tables are for. At other sizes they are resized, as in the authors' detection
             code.
         pool: Grid of agents to use; ``agents`` if None. The authors use more of them for detection.
@@ -82,9 +82,9 @@ class AgentAttention(nn.Module):
         dim: int,
         *,
         num_heads: int,
-        agents: Size,
+        agents: int | Size,
         size: Size,
-        pool: Size | None = None,
+        pool: int | Size | None = None,
         prefix_tokens: int = 0,
         impl: Impl = "auto",
     ) -> None:
@@ -92,12 +92,13 @@ class AgentAttention(nn.Module):
         if dim % num_heads:
             raise ValueError(f"dim must be a multiple of num_heads, got {dim} and {num_heads}")
         self.num_heads, self.prefix_tokens, self.impl = num_heads, prefix_tokens, impl
-        self.pool = agents if pool is None else pool
-        if min(*agents, *self.pool) < 1:
-            raise ValueError(f"grids of agents must have at least one a side, got {agents} and {self.pool}")
+        grid = _pair(agents)
+        self.pool = grid if pool is None else _pair(pool)
+        if min(*grid, *self.pool) < 1:
+            raise ValueError(f"grids of agents must have at least one a side, got {grid} and {self.pool}")
         self.qkv = nn.Linear(dim, 3 * dim)
-        self.key_bias = AgentBiasTables(num_heads, agents, size, prefix_tokens)
-        self.query_bias = AgentBiasTables(num_heads, agents, size, prefix_tokens)
+        self.key_bias = AgentBiasTables(num_heads, grid, size, prefix_tokens)
+        self.query_bias = AgentBiasTables(num_heads, grid, size, prefix_tokens)
         self.dwc = depthwise(dim, 3)
         self.proj = nn.Linear(dim, dim)
 
@@ -138,3 +139,7 @@ def _bins(size: int, bins: int, like: Tensor) -> Tensor:
     j = torch.arange(size, device=like.device)
     inside = (j >= i * size // bins) & (j * bins < (i + 1) * size)
     return inside.to(like.dtype) / inside.sum(dim=1, keepdim=True).to(like.dtype)
+
+
+def _pair(side: int | Size) -> Size:
+    return (side, side) if isinstance(side, int) else (side[0], side[1])
