@@ -242,12 +242,12 @@ def _backward_op(
         chunk.of(dq)[..., at] = dqueries
     return (
         s.map(dq).to(q.dtype),
-        s.map(s.inner(dk)).to(k.dtype),
-        s.map(s.inner(dv)).to(v.dtype),
+        s.map(s.inner(dk).contiguous()).to(k.dtype),
+        s.map(s.inner(dv).contiguous()).to(v.dtype),
         dk_pool.to(k.dtype),
         dv_pool.to(v.dtype),
         dbias_local[..., 0].to(bias_local.dtype),
-        dbias_pool.transpose(1, 2).to(bias_pool.dtype),
+        dbias_pool.transpose(1, 2).to(bias_pool.dtype).contiguous(),
         None if extra is None or dextra is None else s.map(dextra).to(extra.dtype),
     )
 
@@ -270,6 +270,25 @@ def _(
     extra: Tensor | None,
 ) -> Tensor:
     return _planes_like(v, v.shape[-1])
+
+
+@torch.library.register_fake("visionattn::aggregated_attention_chunked_backward")
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    bias_local: Tensor,
+    bias_pool: Tensor,
+    extra: Tensor | None,
+    dout: Tensor,
+) -> tuple[Tensor | None, ...]:
+    return (
+        *(_planes_like(x, x.shape[-1]) for x in (q, k, v)),
+        *(x.new_empty(x.shape) for x in (k_pool, v_pool, bias_local, bias_pool)),
+        None if extra is None else _planes_like(extra, extra.shape[-1]),
+    )
 
 
 class _Aggregated(torch.autograd.Function):
