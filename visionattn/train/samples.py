@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ class Samples(NamedTuple):
 
 
 def validation_samples(checkpoint: Path, *, count: int, data_dir: str | None = None) -> Samples:
-    """Take ``count`` images spread over the validation set that a checkpoint was validated on.
+    """Take ``count`` images of as many classes as there are, from the validation set of a checkpoint.
 
     Args:
         checkpoint: Weights that `visionattn.train.train` wrote.
@@ -44,8 +45,14 @@ def validation_samples(checkpoint: Path, *, count: int, data_dir: str | None = N
     channels, height, width = data.input_size
     options = {key: value for key, value in data._asdict().items() if key != "input_size"}
     transform: Any = create_transform((channels, height, width), **options)
-    picks = [int(i) for i in torch.linspace(0, len(dataset) - 1, min(count, len(dataset)))]
-    items = [dataset[i] for i in picks]
+    candidates = [dataset[int(i)] for i in torch.linspace(0, len(dataset) - 1, min(5 * count, len(dataset)))]
+    seen: Counter[int] = Counter()
+    turn = []  # how many images of the same class came before
+    for _, label in candidates:
+        turn.append(seen[int(label)])
+        seen[int(label)] += 1
+    order = sorted(range(len(candidates)), key=lambda i: (turn[i], int(candidates[i][1])))
+    items = [candidates[i] for i in order[:count]]
     inputs = torch.stack([transform(image) for image, _ in items])
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (data.mean, data.std))
     shown = (inputs * std + mean).clamp(0, 1)  # (B, C, H, W)
