@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 import timm
 import torch
 
@@ -11,6 +12,7 @@ import visionattn  # noqa: F401 - registers the models
 README = Path(__file__).parents[1] / "README.md"
 
 
+@pytest.mark.slow
 def test_python_blocks_run_in_order(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"model": timm.create_model("biformer_s").state_dict()}, "biformer_small_best.pth")
