@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-TILE_BYTES = 2**20  # of scores at a time; two or three such buffers live in a core's second-level cache
+TILE_BYTES = 2**21  # of scores at a time: two such buffers live in a core's second-level cache
 
 
 def tiles(groups: int, queries: int, keys: int, itemsize: int) -> Iterator[tuple[slice, slice]]:
