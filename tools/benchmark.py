@@ -41,13 +41,11 @@ def main() -> None:
             label = f"{row.subject}, {row.shape}"
             numbers = (f"{row.ms:.3f}", speedup, f"{row.peak_mb:.2f}")
             print(LINE.format(label, row.contestant, row.direction, *numbers), flush=True)
+            if args.out:  # after every row: a run that is stopped keeps what it measured
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                args.out.write_text(json.dumps({"machine": where, "rows": bench.as_dicts(rows)}, indent=1) + "\n")
     except ValueError as e:
         parser.error(str(e))
-    finally:
-        if args.out and rows:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps({"machine": where, "rows": bench.as_dicts(rows)}, indent=1) + "\n")
-            print(f"wrote {args.out}")
 
 
 def _operators(args: argparse.Namespace) -> Iterator[bench.Row]:
