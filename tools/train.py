@@ -6,13 +6,16 @@ from visionattn.train import TrainConfig, TrainError, parse_config, train
 
 
 def main() -> int:
-    """Run the command line; the exit status is 0, 1 after an error, or 128 + the signal that stopped the run."""
+    """Run the command line; the exit status is 0, 1 after an error, or 128 + the signal that stopped the run.
+
+    A run that stopped before its `--time-limit` ended in order, with 0.
+    """
     try:
         result = train(parse_config(TrainConfig, sys.argv[1:], "Train an image classifier on accelerate and timm."))
     except TrainError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 128 + result.stopped_by if result.stopped_by is not None else 0
+    return 128 + result.stopped_by if isinstance(result.stopped_by, int) else 0
 
 
 if __name__ == "__main__":

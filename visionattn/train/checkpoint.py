@@ -67,9 +67,25 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
+        _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         part.unlink(missing_ok=True)
         raise CheckpointError(f"could not write {path}: {error}; files written before are intact") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the names in a folder outlive a power failure."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove the half-written files that a killed process left in a folder."""
+    for part in folder.glob(".*.part"):
+        part.unlink()
 
 
 def save_weights(path: Path, state_dict: Mapping[str, Tensor], info: WeightsInfo) -> None:

@@ -152,6 +152,9 @@ class TrainConfig:
     )  # fmt: skip
     overwrite: bool = _arg(False, "start anew in a folder that holds a run, whose files are removed")
     recovery_interval: int = _arg(0, "save the state every so many updates too; 0: after each epoch only")
+    time_limit: float | None = _arg(
+        None, "minutes from the start of the run after which it must have saved its state and ended; it stops in time"
+    )
     checkpoint_hist: int = _arg(3, "checkpoints to keep, the best ones")
     log_interval: int = _arg(50, "updates between two lines of the log, and between two checks of the loss")
     tensorboard: bool = _arg(True, "write event files to <experiment>/tb")
@@ -172,7 +175,8 @@ class TrainConfig:
             _check(self, name, lambda value: value >= 0, "0 or more")
         for name in ("hflip", "vflip", "reprob", "mixup_prob", "mixup_switch_prob", "smoothing", "model_ema_decay"):
             _check(self, name, lambda value: 0 <= value <= 1, "between 0 and 1")
-        _check(self, "lr", lambda value: value is None or value > 0, "above 0")
+        for name in ("lr", "time_limit"):
+            _check(self, name, lambda value: value is None or value > 0, "above 0")
         if self.input_size is not None and len(self.input_size) != 3:
             raise ConfigError(f"input_size takes three numbers, channels height width; got {self.input_size}")
         if self.best_weights == "ema" and not self.model_ema:

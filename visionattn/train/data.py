@@ -327,6 +327,8 @@ class Loader:
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch from number ``start`` on."""
+        if self.batches is not None and start >= self.batches:
+            return
         self.generator.manual_seed(epoch)
         skip = start
         if isinstance(self.sampler, EpochSampler):

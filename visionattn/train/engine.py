@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NoReturn
 
 import torch
 from timm.utils import adaptive_clip_grad
@@ -19,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import visionattn
-from visionattn.train.checkpoint import StateStore, WeightsInfo, save_weights
+from visionattn.train.checkpoint import StateStore, WeightsInfo, remove_parts, save_weights, write_atomically
 from visionattn.train.config import TrainConfig
 from visionattn.train.data import Batch, name_of, seed_all
 from visionattn.train.errors import DataError, NonFiniteLossError
@@ -27,7 +28,7 @@ from visionattn.train.evaluate import Unreadable, evaluate, to_device
 from visionattn.train.report import Report, describe_run, epoch_line
 from visionattn.train.resume import Progress, find_run, restore, save_state
 from visionattn.train.setup import Parts, assemble
-from visionattn.train.signals import StopSignal
+from visionattn.train.signals import Stopped, StopSignal, TimeLimit
 
 
 @dataclass(frozen=True)
@@ -38,20 +39,21 @@ class TrainResult:
         folder: the run's folder.
         history: a row for each finished epoch, as in `summary.csv`.
         best: row of the best epoch, or ``None`` before the first.
-        stopped_by: the signal that stopped it early, or ``None``.
+        stopped_by: the signal that stopped it early, "time limit", or ``None``.
     """
 
     folder: Path
     history: list[dict[str, Any]]
     best: dict[str, Any] | None
-    stopped_by: int | None
+    stopped_by: int | Literal["time limit"] | None
 
 
 def train(cfg: TrainConfig) -> TrainResult:
     """Train a model as ``cfg`` says; under `accelerate launch` call it in every process.
 
     Returns:
-        How the run ended. After SIGINT or SIGTERM the state is saved and ``stopped_by`` names the signal.
+        How the run ended. After SIGINT or SIGTERM, or before `time_limit` is over, the state is saved and
+        ``stopped_by`` says why.
 
     Raises:
         TrainError: something the user can mend; its message says what.
@@ -65,9 +67,15 @@ class _Run:
 
     def __init__(self, parts: Parts, stop: StopSignal) -> None:
         self.parts, self.stop, self.cfg, self.accelerator = parts, stop, parts.cfg, parts.accelerator
+        # Several processes agree about stopping now and then only: it makes them wait for each other.
+        self.agree_every = 1 if self.accelerator.num_processes == 1 else self.cfg.log_interval
+        self.limit = TimeLimit(self.cfg.time_limit, self.agree_every)
         self.folder, state = find_run(parts)
         self.at = restore(parts, state) if state is not None else Progress()
         self.store = StateStore(self.folder / "state")
+        if self.accelerator.is_main_process:
+            remove_parts(self.folder)
+            remove_parts(self.store.folder)
         self.unreadable = Unreadable(self.cfg.max_bad_images, self.at.unreadable)
         self.report = Report(
             self.folder, active=self.accelerator.is_main_process, progress=self.cfg.progress,
@@ -75,6 +83,7 @@ class _Run:
         )  # fmt: skip
         # Reading a loss makes the host wait for a GPU, so there it is done now and then.
         self.pending: list[tuple[Tensor, list[int]]] = []  # losses not read yet, with the images of their batches
+        self.recent: list[int] = []  # images of the last batch whose loss was read
         self.check_every = 1 if self.accelerator.device.type == "cpu" else self.cfg.log_interval
         self.report.text("args.yaml", describe_run(self.cfg, self.accelerator.device, self.accelerator.num_processes))
         self.report.line(f"{parts.describe()}; {self.folder}")
@@ -83,13 +92,13 @@ class _Run:
 
     def run(self) -> TrainResult:
         """Train until the last epoch or a signal."""
-        stopped = False
+        stopped: int | Literal["time limit"] | None = None
         try:
-            while self.at.epoch < self.parts.epochs and not stopped:
+            while self.at.epoch < self.parts.epochs and stopped is None:
                 figures = self._train_epoch()
                 if figures is not None:
                     self._finish_epoch(figures)
-                stopped = self.at.epoch < self.parts.epochs and self._stopping()
+                stopped = self._stopping() if self.at.epoch < self.parts.epochs else None
         except DataError:
             # Nothing is wrong with what was learnt: keep it, where it is the state after an update.
             if self.accelerator.num_processes == 1 and self.at.batch % self.cfg.grad_accum_steps == 0 < self.at.batch:
@@ -99,19 +108,19 @@ class _Run:
             self.report.close()
         history, name = self.at.history, self.parts.metric
         best = min(history, key=lambda row: self._order(row[name]), default=None)
-        if stopped:
+        if stopped is not None:
             self.report.line(
-                f"stopped by a signal after update {self.at.update}; nothing is lost, continue with "
-                f"--resume {self.folder}"
+                f"stopped by {'a signal' if isinstance(stopped, int) else 'the ' + stopped} after update "
+                f"{self.at.update}; nothing is lost, continue with --resume {self.folder}"
             )
         elif best is not None:
             self.report.line(f"best {name} {best[name]:.4g} after epoch {best['epoch'] + 1}: {self.folder}")
-        return TrainResult(self.folder, history, best, (self.stop.received or 15) if stopped else None)
+        return TrainResult(self.folder, history, best, stopped)
 
     # one epoch
 
     def _train_epoch(self) -> dict[str, float] | None:
-        """Train the rest of the current epoch; ``None`` when a signal stopped it, with the state saved."""
+        """Train the rest of the current epoch; ``None`` when it was stopped, with the state saved."""
         at, parts = self.at, self.parts
         parts.model.train()
         parts.optimizer.zero_grad()
@@ -135,10 +144,13 @@ class _Run:
                     continue
                 if at.update % self.check_every == 0:
                     self._show(self._check_losses(), clock, bar)
-                if at.batch < parts.batches and self._save_now():
+                self.limit.updated()
+                due = self.cfg.recovery_interval > 0 and at.update % self.cfg.recovery_interval == 0
+                stopping = at.update % self.agree_every == 0 and self._stopping() is not None
+                if stopping or (due and at.batch < parts.batches):
                     self._save_state()
-                    if self._stopping():
-                        return None
+                if stopping:
+                    return None
         self._check_losses()
         self._sum_losses()
         if at.batch == 0:
@@ -190,17 +202,30 @@ class _Run:
         losses = torch.stack([loss for loss, _ in self.pending]).double().tolist()
         for back, (loss, (_, indices)) in enumerate(zip(losses, self.pending, strict=True)):
             if not math.isfinite(loss):
-                names = ", ".join(name_of(self.parts.dataset, index) for index in indices[:4])
-                good = self.store.files()
-                raise NonFiniteLossError(
-                    f"the loss became {loss} at batch {self.at.batch - len(losses) + back + 1} of epoch "
-                    f"{self.at.epoch + 1} (first images of the batch: {names}); "
-                    + (f"the last good state is {good[0]}. " if good else "no state was saved yet. ")
-                    + "Lower the learning rate, clip gradients, or use bf16 in place of fp16"
-                )
+                self._not_finite(f"the loss became {loss}", self.at.batch - len(losses) + back + 1, indices)
             self.at.loss_sum += loss
+        self.recent = self.pending[-1][1]
         self.pending.clear()
         return float(losses[-1])
+
+    def _check_weights(self) -> None:
+        """Stop on weights that are not finite, before they are saved: a finite loss may have such gradients."""
+        flags = [parameter.detach().isfinite().all() for parameter in self.parts.model.parameters()]
+        if not bool(torch.stack(flags).all()):
+            self._not_finite("the weights are not finite any more", self.at.batch, self.recent)
+
+    def _not_finite(self, what: str, batch: int, indices: list[int]) -> NoReturn:
+        """End the run, naming the images of the batch and the last good state."""
+        names = [name_of(self.parts.dataset, index) for index in indices]
+        listed = self.folder / "non_finite.txt"
+        write_atomically(listed, lambda file: file.write(("\n".join(names) + "\n").encode()))
+        good = self.store.files()
+        raise NonFiniteLossError(
+            f"{what} at batch {batch} of epoch {self.at.epoch + 1} (images of the batch: {', '.join(names[:4])}"
+            f"{', ...' if len(names) > 4 else ''}, all of them in {listed}); "
+            + (f"the last good state is {good[0]}. " if good else "no state was saved yet. ")
+            + "Lower the learning rate, clip gradients, or use bf16 in place of fp16"
+        )
 
     def _sum_losses(self) -> None:
         """Bring the sum of losses together from all processes into the first."""
@@ -209,35 +234,38 @@ class _Run:
             total = float(self.accelerator.reduce(mine, "sum"))
             self.at.loss_sum = total if self.accelerator.is_main_process else 0.0
 
-    def _save_now(self) -> bool:
-        """Whether to save the state after this update: it is time, or a signal came.
+    def _stopping(self) -> int | Literal["time limit"] | None:
+        """Why to stop, if any process has to; call it in every process."""
+        received, late = self.stop.received, self.limit.near()
+        if self.accelerator.num_processes > 1:
+            mine = torch.tensor([float(received is not None), float(late)], device=self.accelerator.device)
+            signals, limits = self.accelerator.reduce(mine, "sum").tolist()
+            received = (received or signal.SIGTERM) if signals else None
+            late = limits > 0
+        return received if received is not None else "time limit" if late else None
 
-        Several processes agree about a signal at every `log_interval`-th update.
-        """
-        cfg, world = self.cfg, self.accelerator.num_processes
-        due = cfg.recovery_interval > 0 and self.at.update % cfg.recovery_interval == 0
-        return due or ((world == 1 or self.at.update % cfg.log_interval == 0) and self._stopping())
-
-    def _stopping(self) -> bool:
-        """Whether any process got a signal; call it in every process."""
-        if self.accelerator.num_processes == 1:
-            return self.stop.received is not None
-        flag = torch.tensor(float(self.stop.received is not None), device=self.accelerator.device)
-        return float(self.accelerator.reduce(flag, "sum")) > 0
+    def _stopping_validation(self, number: int) -> bool:
+        """Whether to give up a validation before its batch of this number; call it in every process."""
+        return number % self.agree_every == 0 and self._stopping() is not None
 
     def _finish_epoch(self, figures: dict[str, float]) -> None:
-        """Evaluate, record and save after an epoch."""
+        """Evaluate, record and save after an epoch; give it up, with the state saved, when the run must stop."""
         at, parts = self.at, self.parts
+        self._check_weights()
         started = time.perf_counter()
         row: dict[str, Any] = {"epoch": at.epoch, "train_loss": figures["train_loss"]}
         models = {"eval": parts.plain_model()}
         if parts.ema is not None:
             models["eval_ema"] = parts.ema.module
         for prefix, model in models.items():
-            result = evaluate(
-                model, parts.val_loader, self.accelerator, unreadable=self.unreadable,
-                channels_last=self.cfg.channels_last, progress=self.cfg.progress,
-            )  # fmt: skip
+            try:
+                result = evaluate(
+                    model, parts.val_loader, self.accelerator, unreadable=self.unreadable,
+                    channels_last=self.cfg.channels_last, progress=self.cfg.progress, stop=self._stopping_validation,
+                )  # fmt: skip
+            except Stopped:
+                self._save_state()  # all updates of the epoch are in it, and the validation comes again
+                return
             row |= {f"{prefix}_{name}": result[name] for name in ("loss", "top1", "top5")}
         row |= figures
         row["seconds"] += time.perf_counter() - started
@@ -264,10 +292,13 @@ class _Run:
                 self.report.line(f"  epoch {at.epoch + 1}  batch {at.batch}/{self.parts.batches}  {text}")
 
     def _save_state(self) -> None:
+        started = time.monotonic()
         self._check_losses()
+        self._check_weights()
         self._sum_losses()
         self.at.unreadable = list(self.unreadable.names)
         save_state(self.parts, self.at, self.store)
+        self.limit.saved(time.monotonic() - started)
 
     def _save_weights(self, row: dict[str, Any]) -> None:
         """Write `last`, and `model_best` and `checkpoint-N` where this epoch deserves it."""

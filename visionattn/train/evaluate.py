@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from visionattn.train.data import NO_LABEL, Batch, Loader, valid_samples
 from visionattn.train.errors import ConfigError, DataError
+from visionattn.train.signals import Stopped
 
 
 class Unreadable:
@@ -53,8 +55,20 @@ def evaluate(
     channels_last: bool = False,
     progress: bool = False,
     label: str = "validate",
+    stop: Callable[[int], bool] | None = None,
 ) -> dict[str, float]:
     """Evaluate ``model`` on all samples of ``loader``, over all processes.
+
+    Args:
+        model: in any mode, which it keeps.
+        loader: of this process's share.
+        accelerator: of the run.
+        unreadable: counts what cannot be read.
+        channels_last: memory layout of the images.
+        progress: draw a bar.
+        label: of the bar.
+        stop: asked before each batch, with its number, whether to give up. It may wait for the other processes, so
+            it is not asked where these may see different numbers of batches: streams in several processes.
 
     Returns:
         ``loss`` (cross-entropy, without smoothing), ``top1`` and ``top5`` in percent, ``samples``, and
@@ -63,6 +77,7 @@ def evaluate(
     Raises:
         DataError: no sample has a label, or too many files are unreadable.
         ConfigError: a label is beyond the model's classes.
+        Stopped: ``stop`` said so.
     """
     device = accelerator.device
     was_training = model.training
@@ -73,7 +88,12 @@ def evaluate(
         loader.epoch(), desc=label, total=len(loader.loader) or None, leave=False, dynamic_ncols=True,
         disable=None if progress and accelerator.is_main_process else True,
     )  # fmt: skip
-    for batch in bar:
+    if accelerator.num_processes > 1 and valid is None:
+        stop = None
+    for number, batch in enumerate(bar):
+        if stop is not None and stop(number):
+            bar.close()
+            raise Stopped
         unreadable.add(batch)
         images, targets = to_device(batch, device, channels_last)
         if valid is not None:  # the end of a share is padding

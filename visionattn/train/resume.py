@@ -18,8 +18,8 @@ from visionattn.train.setup import Parts
 # What may differ between a run and its continuation without changing what it computes.
 _FREE = {
     "resume", "overwrite", "output", "experiment", "workers", "pin_mem", "log_interval", "recovery_interval",
-    "progress", "tensorboard", "data_dir", "checkpoint_hist", "max_bad_images", "initial_checkpoint", "pretrained",
-    "keep_classifier", "dataset_download", "validation_batch_size",
+    "time_limit", "progress", "tensorboard", "data_dir", "checkpoint_hist", "max_bad_images", "initial_checkpoint",
+    "pretrained", "keep_classifier", "dataset_download", "validation_batch_size",
 }  # fmt: skip
 # What must not differ in the middle of an epoch.
 _SHAPE = {"batch_size", "grad_accum_steps", "seed", "dataset", "train_split", "aug_repeats", "processes"}
