@@ -3,7 +3,7 @@
 from visionattn.convert import ConvertReport, convert, convert_report
 from visionattn.fuse import FuseReport, fuse, fuse_report
 from visionattn.models import CheckpointError, list_models, load_checkpoint
-from visionattn.ops import UnsupportedError, get_impl, set_impl, use_impl
+from visionattn.ops import UnsupportedError, get_impl, set_autotune, set_impl, use_impl
 
 __version__ = "0.1.0"
 
@@ -19,6 +19,7 @@ __all__ = [
     "get_impl",
     "list_models",
     "load_checkpoint",
+    "set_autotune",
     "set_impl",
     "use_impl",
 ]

@@ -1,6 +1,6 @@
 """The mathematics of each attention operator, as functions on tensors."""
 
-from visionattn.ops._dispatch import IMPLS, Impl, UnsupportedError, get_impl, set_impl, use_impl
+from visionattn.ops._dispatch import IMPLS, Impl, UnsupportedError, get_impl, set_autotune, set_impl, use_impl
 from visionattn.ops.agent_attention import AgentBias, agent_attention
 from visionattn.ops.aggregated_attention import aggregated_attention
 from visionattn.ops.channel_attention import channel_attention
@@ -42,6 +42,7 @@ __all__ = [
     "linear_attention",
     "neighborhood_attention",
     "routed_attention",
+    "set_autotune",
     "set_impl",
     "topk_regions",
     "use_impl",

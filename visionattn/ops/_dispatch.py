@@ -19,7 +19,7 @@ PLAIN = ("eager", "reference")  # PyTorch's own operators: what exporters can tr
 
 # Read once: a graph that is being compiled cannot look for packages.
 _HAS = {name: importlib.util.find_spec(name) is not None for name in ("triton", "natten")}
-_INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels on the CPU, slowly: for tests
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels on the CPU, slowly: for tests
 
 _default: str = "auto"
 
@@ -59,6 +59,22 @@ def use_impl(impl: Impl) -> Iterator[None]:
         set_impl(before)  # type: ignore[arg-type]
 
 
+def set_autotune(on: bool) -> None:
+    """Let Triton's kernels be timed at each of their few configurations, once for each kind of input, on a GPU.
+
+    The fastest is kept, also for later processes. Off by default: results then do not depend on timings.
+
+    Raises:
+        UnsupportedError: Triton cannot run here; the message says why.
+    """
+    why = missing("triton")
+    if why is not None:
+        raise UnsupportedError(f"there is nothing to tune: {why}")
+    from visionattn.kernels import _launch
+
+    _launch.set_autotune(on)
+
+
 def exporting() -> bool:
     """Whether a tracer that knows PyTorch's operators alone is recording (torch.export, ONNX, torch.jit.trace)."""
     # The flag, not torch.compiler.is_exporting(): Dynamo folds that to True for torch.compile as well.
@@ -70,7 +86,7 @@ def missing(impl: str) -> str | None:
     if impl == "triton":
         if not _HAS["triton"]:
             return "triton is not installed"
-        if not (torch.cuda.is_available() or _INTERPRET):
+        if not (torch.cuda.is_available() or INTERPRET):
             return "no GPU here, and TRITON_INTERPRET=1 (kernels on the CPU, slowly) is not set"
     if impl == "natten":
         if not _HAS["natten"]:
@@ -101,7 +117,7 @@ def choose(op: str, impl: str, known: Mapping[str, ModuleType], *args: Any, **kw
     if impl == "auto":
         plain_only = exporting()
         for name, module in known.items():
-            if plain_only and name not in PLAIN:
+            if (plain_only and name not in PLAIN) or (name == "triton" and INTERPRET):
                 continue
             if missing(name) is None and module.why_not(*args, **kwargs) is None:
                 return module

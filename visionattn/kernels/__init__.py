@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers, one file an operator. Importing this package does not import Triton."""
