@@ -26,7 +26,7 @@ def check_budget(run: Run, reference: Run, tensors: Sequence[Tensor], dtype: tor
 
 
 def check_transforms(run: Run, tensors: Sequence[Tensor]) -> None:
-    """Gradients through `torch.func`, checkpointing and a compiled training step equal autograd's, which repeats exactly."""
+    """Gradients through `torch.func`, checkpointing and a compiled step equal autograd's, which repeat exactly."""
     leaves = [x.to(DEVICE).requires_grad_() if x.is_floating_point() else x.to(DEVICE) for x in tensors]
     which = tuple(i for i, x in enumerate(leaves) if x.requires_grad)
 
