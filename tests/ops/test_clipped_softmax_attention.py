@@ -61,7 +61,7 @@ def test_opcheck() -> None:
     q, k, v = data(2, 9, 5, 4, 3)
     args = (q, k, v, -0.01, 1.1, 0.5)
     torch.library.opcheck(torch.ops.visionattn.clipped_softmax_attention_tiled.default, args)
-    args = (*args, torch.ones(2, 2, 9, 3))
+    args = (torch.ones(2, 2, 9, 3), *args)
     torch.library.opcheck(torch.ops.visionattn.clipped_softmax_attention_tiled_backward.default, args)
 
 

@@ -76,7 +76,7 @@ def test_opcheck() -> None:
     tensors = data(2, 9, 5, 4, 3)[:3]
     torch.library.opcheck(torch.ops.visionattn.infinite_attention_tiled.default, (*tensors, 0.25, 1e-6))
     out, norm = torch.ops.visionattn.infinite_attention_tiled(*tensors, 0.25, 1e-6)
-    args = (*tensors, out, norm, 0.25, 1e-6, torch.ones_like(out))
+    args = (torch.ones_like(out), *tensors, 0.25, 1e-6, out, norm)
     torch.library.opcheck(torch.ops.visionattn.infinite_attention_tiled_backward.default, args)
 
 

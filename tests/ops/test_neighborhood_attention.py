@@ -175,7 +175,7 @@ def test_tokens_outside_of_the_window_do_not_matter(impl: str) -> None:
 def test_opcheck(name: str, biased: bool) -> None:
     q, k, v, bias = data(2, (6, 7), 3, 4)
     args = (q, k, v, bias if biased else None, (3, 3), (2, 1), 0.5)
-    args += (torch.ones_like(v),) if name.endswith("backward") else ()
+    args = (torch.ones_like(v), *args) if name.endswith("backward") else args
     tests = ("test_schema", "test_faketensor")
     assert torch.library.opcheck(getattr(torch.ops.visionattn, name).default, args, test_utils=tests)
 

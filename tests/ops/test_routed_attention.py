@@ -121,7 +121,7 @@ def test_padding_can_be_left_out_of_the_routing() -> None:
 def test_opcheck(name: str) -> None:
     q, k, v, index = (x.contiguous() for x in data(2, (4, 4), (2, 2), 2, 4))
     q, k, v = (x.view(2, 2, 4, 4, 4) for x in (q, k, v))
-    args = (q, k, v, index, 0.5) + ((torch.ones_like(v),) if name.endswith("backward") else ())
+    args = (*((torch.ones_like(v),) if name.endswith("backward") else ()), q, k, v, index, 0.5)
     tests = ("test_schema", "test_faketensor")
     assert torch.library.opcheck(getattr(torch.ops.visionattn, name).default, args, test_utils=tests)
 

@@ -41,7 +41,7 @@ def differentiable(
     forward_op = _operator(name, forward, fake)
 
     def like_inputs(dout: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        return tuple(dout.new_empty(0) if args[i] is None else args[i].new_empty(args[i].shape) for i in tensors)
+        return tuple(_gradient_like(dout, args[i]) for i in tensors)
 
     backward_op = _operator(f"{name}_backward", backward, fake_backward or like_inputs)
 
@@ -78,6 +78,12 @@ def differentiable(
         return out[0] if isinstance(out, tuple) else out
 
     return run
+
+
+def _gradient_like(dout: Tensor, x: Tensor | None) -> Tensor:
+    if x is None:
+        return dout.new_empty(0)
+    return x.new_empty(x.shape if x.is_floating_point() else 0)
 
 
 def _operator(name: str, compute: Callable[..., Any], fake: Callable[..., Any]) -> Any:

@@ -4,13 +4,12 @@ Clipping is one soft shrinkage: ``clip((zeta - gamma) p + gamma, 0, 1) = (zeta -
 ``low = -gamma / (zeta - gamma)`` and ``width = 1 / (zeta - gamma)``, and the factor moves to the output.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from visionattn.ops._dispatch import exporting
+from visionattn.ops._register import differentiable
 from visionattn.ops._tiles import tiles
 
 
@@ -26,19 +25,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, gamma: float, zeta: float, scale: f
     return _tiled(q, k, v, gamma, zeta, scale)
 
 
-# The tile loop is opaque to compilers: its trip count depends on the shape and must not be unrolled.
-torch.library.define(
-    "visionattn::clipped_softmax_attention_tiled",
-    "(Tensor q, Tensor k, Tensor v, float gamma, float zeta, float scale) -> Tensor",
-)
-torch.library.define(
-    "visionattn::clipped_softmax_attention_tiled_backward",
-    "(Tensor q, Tensor k, Tensor v, float gamma, float zeta, float scale, Tensor dout) -> (Tensor, Tensor, Tensor)",
-)
-
-
-@torch.library.impl("visionattn::clipped_softmax_attention_tiled", "default")
-def _forward_op(q: Tensor, k: Tensor, v: Tensor, gamma: float, zeta: float, scale: float) -> Tensor:
+def _forward(q: Tensor, k: Tensor, v: Tensor, gamma: float, zeta: float, scale: float) -> Tensor:
     B, h, N, _ = q.shape
     exact = torch.promote_types(q.dtype, torch.float32)
     queries, keys, values = _groups(q * scale, exact), _groups(k, exact), _groups(v, exact)
@@ -53,9 +40,8 @@ def _forward_op(q: Tensor, k: Tensor, v: Tensor, gamma: float, zeta: float, scal
     return out.view(B, h, N, v.shape[-1]).to(v.dtype)
 
 
-@torch.library.impl("visionattn::clipped_softmax_attention_tiled_backward", "default")
-def _backward_op(
-    q: Tensor, k: Tensor, v: Tensor, gamma: float, zeta: float, scale: float, dout: Tensor
+def _backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, gamma: float, zeta: float, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, h, N, _ = q.shape
     exact = torch.promote_types(q.dtype, torch.float32)
@@ -112,34 +98,9 @@ def _clip(attn: Tensor, gamma: float, zeta: float, out: Tensor) -> None:
         out.clamp_(max=1 / (zeta - gamma))
 
 
-@torch.library.register_fake("visionattn::clipped_softmax_attention_tiled")
-def _(q: Tensor, k: Tensor, v: Tensor, gamma: float, zeta: float, scale: float) -> Tensor:
+def _fake(q: Tensor, k: Tensor, v: Tensor, gamma: float, zeta: float, scale: float) -> Tensor:
     return v.new_empty(*q.shape[:-1], v.shape[-1])
 
 
-@torch.library.register_fake("visionattn::clipped_softmax_attention_tiled_backward")
-def _(
-    q: Tensor, k: Tensor, v: Tensor, gamma: float, zeta: float, scale: float, dout: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-class _Tiled(torch.autograd.Function):
-    @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, gamma: float, zeta: float, scale: float) -> Tensor:
-        return torch.ops.visionattn.clipped_softmax_attention_tiled(q, k, v, gamma, zeta, scale)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.gamma, ctx.zeta, ctx.scale = inputs
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        options = ctx.gamma, ctx.zeta, ctx.scale
-        grads = torch.ops.visionattn.clipped_softmax_attention_tiled_backward(*ctx.saved_tensors, *options, dout)
-        return *grads, None, None, None
-
-
-_tiled = _Tiled.apply
+# The tile loop is opaque to compilers: its trip count depends on the shape and must not be unrolled.
+_tiled = differentiable("clipped_softmax_attention_tiled", _forward, _fake, _backward)

@@ -5,12 +5,11 @@ tile, and the division comes last. The backward pass computes the tiles again in
 the output and the norms are saved.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from visionattn.ops._dispatch import exporting
+from visionattn.ops._register import differentiable
 from visionattn.ops._tiles import tiles
 
 
@@ -21,7 +20,7 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, rho: Tensor, form: str, scale: floa
 
 def forward(q: Tensor, k: Tensor, v: Tensor, rho: Tensor, form: str, scale: float, eps: float) -> Tensor:
     """Accumulate over tiles, or score by the mean query."""
-    out = _tiled(q, k, v, scale, eps)[0] if form == "pure" else _linear(q, k, v, scale, eps)
+    out = _tiled(q, k, v, scale, eps) if form == "pure" else _linear(q, k, v, scale, eps)
     return rho.to(v.dtype).reshape(-1, 1, 1) * out
 
 
@@ -35,19 +34,7 @@ def _linear(q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float) -> Tensor
     return ((scores / (scores.sum(dim=-1, keepdim=True) + eps)) @ v.to(exact)).to(v.dtype)
 
 
-# The tile loop is opaque to compilers: its trip count depends on the shape and must not be unrolled.
-torch.library.define(
-    "visionattn::infinite_attention_tiled", "(Tensor q, Tensor k, Tensor v, float scale, float eps) -> (Tensor, Tensor)"
-)
-torch.library.define(
-    "visionattn::infinite_attention_tiled_backward",
-    "(Tensor q, Tensor k, Tensor v, Tensor out, Tensor norm, float scale, float eps, Tensor dout)"
-    " -> (Tensor, Tensor, Tensor)",
-)
-
-
-@torch.library.impl("visionattn::infinite_attention_tiled", "default")
-def _forward_op(q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float) -> tuple[Tensor, Tensor]:
     """Return ``relu(scale q k^T) v`` over its norm plus ``eps`` ``(B, h, N, dv)``, and the norm ``(B, h)`` in fp32."""
     B, h, N, _ = q.shape
     exact = torch.promote_types(q.dtype, torch.float32)
@@ -64,9 +51,8 @@ def _forward_op(q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float) -> tu
     return out.view(B, h, N, v.shape[-1]).to(v.dtype), norm.view(B, h)
 
 
-@torch.library.impl("visionattn::infinite_attention_tiled_backward", "default")
-def _backward_op(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, norm: Tensor, scale: float, eps: float, dout: Tensor
+def _backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float, out: Tensor, norm: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, h, N, _ = q.shape
     exact = norm.dtype
@@ -111,35 +97,10 @@ def _scores(queries: Tensor, keys: Tensor, buffer: Tensor) -> Tensor:
     return torch.bmm(queries, keys.transpose(1, 2), out=scores).relu_()
 
 
-@torch.library.register_fake("visionattn::infinite_attention_tiled")
-def _(q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float) -> tuple[Tensor, Tensor]:
+def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float) -> tuple[Tensor, Tensor]:
     exact = torch.promote_types(q.dtype, torch.float32)
     return v.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:2], dtype=exact)
 
 
-@torch.library.register_fake("visionattn::infinite_attention_tiled_backward")
-def _(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, norm: Tensor, scale: float, eps: float, dout: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-class _Tiled(torch.autograd.Function):
-    @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float) -> tuple[Tensor, Tensor]:
-        return torch.ops.visionattn.infinite_attention_tiled(q, k, v, scale, eps)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *tensors, ctx.scale, ctx.eps = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(*tensors, *output)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grads = torch.ops.visionattn.infinite_attention_tiled_backward(*ctx.saved_tensors, ctx.scale, ctx.eps, dout)
-        return *grads, None, None
-
-
-_tiled = _Tiled.apply
+# The tile loop is opaque to compilers: its trip count depends on the shape and must not be unrolled.
+_tiled = differentiable("infinite_attention_tiled", _forward, _fake, _backward, save=(0, 1))

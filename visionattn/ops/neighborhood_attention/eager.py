@@ -6,14 +6,14 @@ that stay in the cache, and the backward pass computes the attention again inste
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from visionattn.ops._dispatch import exporting
+from visionattn.ops._register import differentiable
 from visionattn.ops.neighborhood_attention._tiles import Tiling, tiling
 from visionattn.ops.neighborhood_attention._windows import Pair
 
@@ -32,28 +32,12 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, kernel_size: Pair, dilation: Pair, scale: float
 ) -> Tensor:
     """Attend tile by tile."""
-    out: Tensor = _Tiled.apply(q, k, v, bias, kernel_size, dilation, scale)
+    out: Tensor = _tiled(q, k, v, bias, kernel_size, dilation, scale)
     return out
 
 
-# The loop is opaque to compilers: its trip count depends on the shape and must not be unrolled.
-_SIGNATURE = "Tensor q, Tensor k, Tensor v, Tensor? bias, int[2] kernel_size, int[2] dilation, float scale"
-torch.library.define("visionattn::neighborhood_attention_tiled", f"({_SIGNATURE}) -> Tensor")
-torch.library.define(
-    "visionattn::neighborhood_attention_tiled_backward",
-    f"({_SIGNATURE}, Tensor dout) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-
-
-@torch.library.impl("visionattn::neighborhood_attention_tiled", "default")
-def _forward_op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    kernel_size: Sequence[int],
-    dilation: Sequence[int],
-    scale: float,
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, kernel_size: list[int], dilation: list[int], scale: float
 ) -> Tensor:
     """q, k, v ``(B, h, H, W, d)``; returns ``(B, h, H, W, dv)``."""
     B, h, H, W, _ = q.shape
@@ -73,16 +57,15 @@ def _forward_op(
     return out.view(B, h, H, W, dv).to(v.dtype)
 
 
-@torch.library.impl("visionattn::neighborhood_attention_tiled_backward", "default")
-def _backward_op(
+def _backward(
+    dout: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     bias: Tensor | None,
-    kernel_size: Sequence[int],
-    dilation: Sequence[int],
+    kernel_size: list[int],
+    dilation: list[int],
     scale: float,
-    dout: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     h = q.shape[1]
     tiles, q_rows, k_rows, v_rows, patterns = _prepare(q, k, v, bias, kernel_size, dilation)
@@ -116,7 +99,7 @@ def _backward_op(
 
 
 def _prepare(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, kernel_size: Sequence[int], dilation: Sequence[int]
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, kernel_size: list[int], dilation: list[int]
 ) -> tuple[Tiling, Tensor, Tensor, Tensor, Tensor]:
     """Return tiles, the maps as ``(B * h, N, d)`` and every pattern of bias and mask, ``(h or 1) * P`` times T x S."""
     (Kh, Kw), (dh, dw) = kernel_size, dilation
@@ -196,56 +179,11 @@ def _fold_bias(tiles: Tiling, dpatterns: Tensor, bias: Tensor) -> Tensor:
     return table.view(heads, rows + 1, cols + 1)[:, :-1, :-1].to(bias.dtype, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("visionattn::neighborhood_attention_tiled")
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    kernel_size: Sequence[int],
-    dilation: Sequence[int],
-    scale: float,
+def _fake(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, kernel_size: list[int], dilation: list[int], scale: float
 ) -> Tensor:
     return v.new_empty(v.shape)
 
 
-@torch.library.register_fake("visionattn::neighborhood_attention_tiled_backward")
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    kernel_size: Sequence[int],
-    dilation: Sequence[int],
-    scale: float,
-    dout: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        q.new_empty(q.shape),
-        k.new_empty(k.shape),
-        v.new_empty(v.shape),
-        q.new_empty(0) if bias is None else bias.new_empty(bias.shape),
-    )
-
-
-class _Tiled(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, kernel_size: Pair, dilation: Pair, scale: float
-    ) -> Tensor:
-        out: Tensor = torch.ops.visionattn.neighborhood_attention_tiled(q, k, v, bias, kernel_size, dilation, scale)
-        return out
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.kernel_size, ctx.dilation, ctx.scale = inputs
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        options = (ctx.kernel_size, ctx.dilation, ctx.scale)
-        q, k, v, bias = ctx.saved_tensors
-        backward = torch.ops.visionattn.neighborhood_attention_tiled_backward
-        dq, dk, dv, dbias = backward(q, k, v, bias, *options, dout)
-        return dq, dk, dv, None if bias is None else dbias, None, None, None
+# The loop is opaque to compilers: its trip count depends on the shape and must not be unrolled.
+_tiled = differentiable("neighborhood_attention_tiled", _forward, _fake, _backward)

@@ -7,13 +7,13 @@ dropped; the backward pass gathers them again instead of keeping them.
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from visionattn.ops._dispatch import exporting
+from visionattn.ops._register import differentiable
 from visionattn.ops.routed_attention._regions import to_map, to_regions
 
 CHUNK_BYTES = 8 * 2**20  # gathered keys, values and logits of one chunk: about the size of a last-level cache
@@ -49,18 +49,7 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float) -> Ten
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
-# The chunk loop is opaque to compilers: its trip count depends on the shape and must not be unrolled.
-torch.library.define(
-    "visionattn::routed_attention_chunked", "(Tensor q, Tensor k, Tensor v, Tensor index, float scale) -> Tensor"
-)
-torch.library.define(
-    "visionattn::routed_attention_chunked_backward",
-    "(Tensor q, Tensor k, Tensor v, Tensor index, float scale, Tensor dout) -> (Tensor, Tensor, Tensor)",
-)
-
-
-@torch.library.impl("visionattn::routed_attention_chunked", "default")
-def _forward_op(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float) -> Tensor:
+def _forward(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float) -> Tensor:
     """q, k, v ``(B, h, P, T, d)`` contiguous, index ``(B, P, topk)``; returns ``(B, h, P, T, dv)``."""
     T = q.shape[3]
     out = v.new_empty(*q.shape[:-1], v.shape[-1])
@@ -75,10 +64,9 @@ def _forward_op(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float) ->
     return out
 
 
-@torch.library.impl("visionattn::routed_attention_chunked_backward", "default")
-def _backward_op(
-    q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float, dout: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32  # sums over queries stay in full precision
     dq = torch.empty_like(q)
     dk, dv = (torch.zeros_like(x, dtype=exact) for x in (k, v))
@@ -94,7 +82,7 @@ def _backward_op(
         dlogits = torch.ops.aten._softmax_backward_data(grads @ values.transpose(1, 2), attn, -1, attn.dtype)
         dq_rows[span] = (dlogits @ keys).mul_(scale)
         dk_rows.index_add_(0, picked, (dlogits.transpose(1, 2) @ queries).view(len(picked), -1, k.shape[-1]))
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
+    return dq, dk.to(k.dtype), dv.to(v.dtype), index.new_empty(0)
 
 
 def _chunks(q: Tensor, v: Tensor, index: Tensor) -> Iterator[tuple[range, Tensor]]:
@@ -110,31 +98,9 @@ def _chunks(q: Tensor, v: Tensor, index: Tensor) -> Iterator[tuple[range, Tensor
         yield range(start, stop), picked[start:stop].reshape(-1)
 
 
-@torch.library.register_fake("visionattn::routed_attention_chunked")
-def _(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float) -> Tensor:
+def _fake(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float) -> Tensor:
     return v.new_empty(*q.shape[:-1], v.shape[-1])
 
 
-@torch.library.register_fake("visionattn::routed_attention_chunked_backward")
-def _(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-class _Chunked(torch.autograd.Function):
-    @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float) -> Tensor:
-        return torch.ops.visionattn.routed_attention_chunked(q, k, v, index, scale)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.scale = inputs
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        grads = torch.ops.visionattn.routed_attention_chunked_backward(*ctx.saved_tensors, ctx.scale, dout)
-        return *grads, None, None
-
-
-_chunked = _Chunked.apply
+# The chunk loop is opaque to compilers: its trip count depends on the shape and must not be unrolled.
+_chunked = differentiable("routed_attention_chunked", _forward, _fake, _backward)
