@@ -1,0 +1,26 @@
+"""Write the tables of the model cards: python tools/make_tables.py [--check]."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from visionattn.analysis import cards
+
+ROOT = Path(__file__).parents[1]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a table is out of date")
+    args = parser.parse_args()
+    tables = cards.Tables(ROOT)
+    stale = {card.path: text for card in cards.read(ROOT) if (text := tables.render(card)) != card.text}
+    for path, text in stale.items():
+        print(f"{'out of date' if args.check else 'wrote'}: {path.relative_to(ROOT)}")
+        if not args.check:
+            path.write_text(text)
+    return 1 if args.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
