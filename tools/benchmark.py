@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from visionattn.analysis import bench
+from visionattn.analysis import bench, kernels
 
 LINE = "{:62} {:30} {:17} {:>10} {:>22} {:>9}"
 
@@ -15,7 +15,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    shared.add_argument("--dtype", default="fp32", choices=sorted(bench.DTYPES))
+    shared.add_argument("--dtype", default="fp32", choices=sorted(bench.DTYPES), help="on a GPU, operators run in both")
     shared.add_argument("--rounds", type=int, default=7, help="times that each contestant is measured, in turn")
     shared.add_argument("--out", type=Path, help="write the rows and the machine as JSON")
     text = "operators against their authors' formulation: time, ratio, peak memory"
@@ -31,6 +31,8 @@ def main() -> None:
     models.add_argument("--train", action="store_true", help="forward and backward as well")
     args = parser.parse_args()
     where = bench.machine(args.device)
+    if args.device == "cuda":
+        where |= kernels.ceilings(args.device)
     print(", ".join(f"{k} {v}" for k, v in where.items()))
     print(LINE.format("subject, shape", "contestant", "direction", "ms", "speed-up (quartiles)", "peak MB"))
     rows = []
@@ -49,11 +51,17 @@ def main() -> None:
 
 
 def _operators(args: argparse.Namespace) -> Iterator[bench.Row]:
-    cases = [c for c in bench.operator_cases(args.operators) if args.shape in c.shape]
+    cases = [c for c in bench.operator_cases(args.operators, args.device) if args.shape in c.shape]
     if not cases:
         raise ValueError(f"no case has {args.shape!r} in its shape")
     for case in cases:
-        yield from bench.measure(case, device=args.device, dtype=args.dtype, rounds=args.rounds)
+        if args.device == "cpu":
+            yield from bench.measure(case, device=args.device, dtype=args.dtype, rounds=args.rounds)
+            continue
+        for line in kernels.check(case, device=args.device):
+            print(line, flush=True)
+        for dtype in ("bf16", "fp32"):
+            yield from kernels.race(case, device=args.device, dtype=dtype, rounds=args.rounds)
 
 
 def _models(args: argparse.Namespace) -> Iterator[bench.Row]:

@@ -38,6 +38,7 @@ class Case:
         run: The operator as the library runs it, a function of the tensors.
         published: The authors' formulation, a function of the same tensors with the same result.
         others: What else a user would pick, by name.
+        unbatched: Positions of the inputs that have no batch axis.
     """
 
     operator: str
@@ -46,6 +47,7 @@ class Case:
     run: Run
     published: Run
     others: Mapping[str, Run] = field(default_factory=dict)
+    unbatched: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class Row:
     speedup_low: float  # quartiles
     speedup_high: float
     peak_mb: float  # most memory held at once beyond what was held before the call
+    gb_per_s: float | None = None  # of operators: the fewest bytes that must move, over the time
+    tflop_per_s: float | None = None  # of operators: the definition's matrix products, over the time
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -83,8 +87,10 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
-def operator_cases(names: Sequence[str] = ()) -> list[Case]:
+def operator_cases(names: Sequence[str] = (), device: str = "cpu") -> list[Case]:
     """Return the cases of the named operators (all if none), in the order of `visionattn.ops.OPERATORS`.
+
+    What their contestants hold besides the inputs, such as masks, is made on ``device``.
 
     Raises:
         ValueError: there is no such operator.
@@ -97,7 +103,8 @@ def operator_cases(names: Sequence[str] = ()) -> list[Case]:
         for name in OPERATORS
         if not names or name in names
     ]
-    return [case for module in modules for case in module.cases()]
+    with torch.device(device):
+        return [case for module in modules for case in module.cases()]
 
 
 def measure(case: Case, *, device: str = "cpu", dtype: str = "fp32", rounds: int = 7) -> list[Row]:
@@ -197,7 +204,7 @@ def _check(label: str, actual: Tensor, expected: Tensor, budget: float) -> None:
         raise AssertionError(f"{label} is off by {off:.1e} of the largest value, allowed are {budget:.0e}")
 
 
-def _race(calls: Mapping[str, Callable[[], object]], what: dict[str, str], device: str, rounds: int) -> list[Row]:
+def _race(calls: Mapping[str, Callable[[], object]], what: dict[str, Any], device: str, rounds: int) -> list[Row]:
     """Time calls in turn, round by round; the first one is the baseline."""
     baseline = next(iter(calls))
     peaks = {name: peak_bytes(call, device) for name, call in calls.items()}
@@ -255,13 +262,18 @@ def _call(run: Run, tensors: Sequence[Tensor], direction: str) -> Callable[[], o
 
 
 def seconds(call: Callable[[], object], device: str, at_least: float = 0.02) -> float:
-    """Return the time of one call, as the mean over enough calls to fill ``at_least`` seconds."""
+    """Return the time of one call: the mean over enough calls to fill ``at_least`` seconds.
+
+    On a GPU it is the median of the device's own time, with a cold second-level cache.
+    """
+    if device == "cuda":
+        from triton.testing import do_bench
+
+        return float(do_bench(call, warmup=5, rep=int(at_least * 1e3), return_mode="median")) / 1e3
     count, start = 0, time.perf_counter()
     while True:
         call()
         count += 1
-        if device == "cuda":
-            torch.cuda.synchronize()
         took = time.perf_counter() - start
         if took >= at_least:
             return took / count

@@ -42,7 +42,7 @@ def _case(shape: str, batch: int, heads: int, size: tuple[int, int], agents: int
         values = ((a * DIM**-0.5) @ k.transpose(-2, -1) + key_bias).softmax(dim=-1) @ v
         return ((q * DIM**-0.5) @ a.transpose(-2, -1) + query_bias).softmax(dim=-1) @ values
 
-    return Case("agent_attention", shape, inputs, run, published)
+    return Case("agent_attention", shape, inputs, run, published, unbatched=range(4, 4 + 2 * len(tables)))
 
 
 def _written_out(

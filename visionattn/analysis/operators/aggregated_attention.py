@@ -37,7 +37,14 @@ def _case(shape: str, batch: int, heads: int, side: int, pooled: int) -> Case:
         bias_pool = randn(heads, side**2, pooled**2, seed=6)
         return [q, k, v, k_pool, v_pool, randn(heads, 9, seed=5), bias_pool, randn(batch, heads, side, side, 9, seed=7)]
 
-    return Case("aggregated_attention", f"TransNeXt-T {shape}", inputs, aggregated_attention, unfold_formulation)
+    return Case(
+        "aggregated_attention",
+        f"TransNeXt-T {shape}",
+        inputs,
+        aggregated_attention,
+        unfold_formulation,
+        unbatched=(5, 6),
+    )
 
 
 def unfold_formulation(

@@ -26,7 +26,7 @@ def _case(shape: str, batch: int, heads: int, size: tuple[int, int]) -> Case:
         q, k, v = (randn(batch, heads, *size, DIM, seed=i) for i in range(3))
         return [q, k, v, randn(heads, 3, seed=3) * 0.1, randn(heads, seed=4).sigmoid()]
 
-    return Case("gated_positional_attention", shape, inputs, gated_positional_attention, published)
+    return Case("gated_positional_attention", shape, inputs, gated_positional_attention, published, unbatched=(3, 4))
 
 
 def published(q: Tensor, k: Tensor, v: Tensor, position: Tensor, gate: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ def _case(form: Form, shape: str, batch: int, heads: int, tokens: int) -> Case:
         return infinite_attention(q, k, v, rho, form=form)
 
     published = materialised_formulation if form == "pure" else pooled_formulation
-    return Case("infinite_attention", f"{shape}, {form}", inputs, run, published)
+    return Case("infinite_attention", f"{shape}, {form}", inputs, run, published, unbatched=(3,))
 
 
 def materialised_formulation(q: Tensor, k: Tensor, v: Tensor, rho: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ def _case(shape: str, heads: int, size: tuple[int, int], dilation: int) -> Case:
     def published(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         return gather_formulation(q, k, v, bias, KERNEL, dilation)
 
-    return Case("neighborhood_attention", shape, inputs, run, published)
+    return Case("neighborhood_attention", shape, inputs, run, published, unbatched=(3,))
 
 
 def gather_formulation(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, kernel_size: int, dilation: int) -> Tensor:

@@ -40,7 +40,7 @@ def _case(shape: str, heads: int, size: tuple[int, int], window: int, shift: int
     def published(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
         return partition_formulation(q, k, v, bias, mask, window, shift)
 
-    return Case("window_attention", shape, inputs, run, published)
+    return Case("window_attention", shape, inputs, run, published, unbatched=(3,))
 
 
 def shift_mask(size: tuple[int, int], window: int, shift: int) -> Tensor:
