@@ -39,6 +39,7 @@ class Case:
         published: The authors' formulation, a function of the same tensors with the same result.
         others: What else a user would pick, by name.
         unbatched: Positions of the inputs that have no batch axis.
+        gpu_others: As ``others``, on a GPU alone.
     """
 
     operator: str
@@ -48,6 +49,7 @@ class Case:
     published: Run
     others: Mapping[str, Run] = field(default_factory=dict)
     unbatched: Sequence[int] = ()
+    gpu_others: Mapping[str, Run] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def race(case: Case, *, device: str, dtype: str, rounds: int, note: Callable[[st
     """
     case = repeated(case) if device == "cuda" else case
     tensors = [x.to(device, DTYPES[dtype]) if x.is_floating_point() else x.to(device) for x in case.inputs()]
-    contestants = dict(case.others)
+    contestants = {**case.others, **(case.gpu_others if device == "cuda" else {})}
     for impl, why in implementations(case, tensors).items():
         if why is None:
             contestants[impl] = on_impl(case.run, impl)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from visionattn.analysis import flex
 from visionattn.analysis.bench import Case
 from visionattn.ops import neighborhood_attention
 from visionattn.testing import randn
@@ -43,7 +44,8 @@ def _case(shape: str, heads: int, size: tuple[int, int], dilation: int) -> Case:
     def published(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         return gather_formulation(q, k, v, bias, KERNEL, dilation)
 
-    return Case("neighborhood_attention", shape, inputs, run, published, unbatched=(3,))
+    others = {"FlexAttention": flex.neighborhood_windows(size, KERNEL, dilation)}
+    return Case("neighborhood_attention", shape, inputs, run, published, unbatched=(3,), gpu_others=others)
 
 
 def gather_formulation(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, kernel_size: int, dilation: int) -> Tensor:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from visionattn.analysis import flex
 from visionattn.analysis.bench import Case
 from visionattn.ops import routed_attention
 from visionattn.testing import randn
@@ -39,7 +40,8 @@ def _case(shape: str, heads: int, size: tuple[int, int], side: int, topk: int) -
     def published(q: Tensor, k: Tensor, v: Tensor, index: Tensor) -> Tensor:
         return gather_formulation(q, k, v, index, side, scale)
 
-    return Case("routed_attention", f"BiFormer-S {shape}", inputs, run, published)
+    others = {"FlexAttention": flex.routed(size, (side, side), scale)}
+    return Case("routed_attention", f"BiFormer-S {shape}", inputs, run, published, gpu_others=others)
 
 
 def gather_formulation(q: Tensor, k: Tensor, v: Tensor, index: Tensor, side: int, scale: float) -> Tensor:

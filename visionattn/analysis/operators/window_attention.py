@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from visionattn.analysis import flex
 from visionattn.analysis.bench import Case
 from visionattn.ops import window_attention
 from visionattn.testing import randn
@@ -40,7 +41,8 @@ def _case(shape: str, heads: int, size: tuple[int, int], window: int, shift: int
     def published(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
         return partition_formulation(q, k, v, bias, mask, window, shift)
 
-    return Case("window_attention", shape, inputs, run, published, unbatched=(3,))
+    others = {"FlexAttention": flex.window(size, window, shift, biased=biased)}
+    return Case("window_attention", shape, inputs, run, published, unbatched=(3,), gpu_others=others)
 
 
 def shift_mask(size: tuple[int, int], window: int, shift: int) -> Tensor:
