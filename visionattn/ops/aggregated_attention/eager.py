@@ -7,12 +7,14 @@ map. The backward pass computes the weights again, so that nothing quadratic is 
 
 import math
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from visionattn.ops._dispatch import exporting
+from visionattn.ops._tiles import tiles
 
 CHUNK_BYTES = {"cpu": 2**22}  # of weights in a chunk: within a last-level cache, and few enough chunks
 CHUNK_BYTES_ELSEWHERE = 2**28
@@ -47,117 +49,150 @@ def forward(
 
 
 class _Chunk(NamedTuple):
-    """Some images, some heads (all, if more than one image), some rows of the map (all, if more than one head)."""
+    """Some images, some heads (all, if more than one image), some tokens (all, if more than one head)."""
 
     images: slice
     heads: slice
-    rows: range
+    tokens: slice
 
     def of(self, x: Tensor) -> Tensor:
         """``(B, h, ...)`` to ``(G, ...)``: the images and heads of this chunk."""
         return x[self.images, self.heads].flatten(0, 1)
 
+    def by_head(self, x: Tensor) -> Tensor:
+        """``(G, ...)`` to ``(images, heads, ...)``."""
+        return x.unflatten(0, (-1, self.heads.stop - self.heads.start))
 
-class _Planes:
-    """The inputs as planes in the precision of the arithmetic, and the steps that both passes share."""
 
-    def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, bias_local: Tensor, bias_pool: Tensor
-    ) -> None:
-        self.B, self.h, self.H, self.W, self.d = q.shape
-        self.dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        self.cells, self.P = bias_local.shape[1], k_pool.shape[2]
-        window = math.isqrt(self.cells)
-        self.r = window // 2
-        self.margin = self.r * (self.W + 1)
-        steps = range(-self.r, self.r + 1)
+class _Window:
+    """Maps as planes, ``(B, h, channels, N)``, in the precision of the arithmetic, and sums over windows of them."""
+
+    def __init__(self, q: Tensor, cells: int) -> None:
+        self.B, self.h, self.H, self.W, _ = q.shape
+        self.N, self.cells = self.H * self.W, cells
+        self.dtype = torch.promote_types(q.dtype, torch.float32)
+        self.side = math.isqrt(cells)
+        r = self.side // 2
+        self.margin = r * (self.W + 1)
+        steps = range(-r, r + 1)
         self.offsets = [self.margin + y * self.W + x for y in steps for x in steps]
-        self.q = self.plane(q)  # (B, h, d, N)
-        self.k, self.v = self.padded(k), self.padded(v)  # (B, h, d, margin + N + margin)
-        self.k_pool, self.v_pool = (x.to(self.dtype).contiguous() for x in (k_pool, v_pool))  # (B, h, P, d)
-        self.bias_local = bias_local.to(self.dtype)[..., None]  # (h, cells, 1)
-        self.bias_pool = bias_pool.transpose(1, 2)  # (h, P, N)
 
-    def plane(self, x: Tensor) -> Tensor:
+    def plane(self, x: Tensor, copy: bool = False) -> Tensor:
         """``(B, h, H, W, d)`` to contiguous ``(B, h, d, N)``."""
-        return x.flatten(2, 3).transpose(2, 3).to(self.dtype).contiguous()
+        x = x.flatten(2, 3).transpose(2, 3)
+        return x.to(self.dtype, copy=copy, memory_format=torch.contiguous_format).contiguous()
 
     def padded(self, x: Tensor) -> Tensor:
         """As `plane`, with a margin of zeros as wide as the farthest neighbour at both ends."""
-        out = x.new_zeros(*x.shape[:2], x.shape[4], self.H * self.W + 2 * self.margin, dtype=self.dtype)
+        out = x.new_zeros(*x.shape[:2], x.shape[4], self.N + 2 * self.margin, dtype=self.dtype)
         self.inner(out).copy_(x.flatten(2, 3).transpose(2, 3))
         return out
 
     def inner(self, x: Tensor) -> Tensor:
         """Take the margin off: ``(B, h, d, N)``."""
-        return x[..., self.margin : self.margin + self.H * self.W]
+        return x[..., self.margin : self.margin + self.N]
 
     def map(self, x: Tensor) -> Tensor:
         """``(B, h, d, N)`` to ``(B, h, H, W, d)``."""
         return x.transpose(2, 3).unflatten(2, (self.H, self.W))
 
+    def fill_outside(self, x: Tensor, value: float) -> Tensor:
+        """Set the cells outside the map in ``x (..., cells, N)``; return it."""
+        r = self.side // 2
+        cells = x.view(*x.shape[:-2], self.side, self.side, self.H, self.W)
+        for i in range(r):  # the window's row and column i, and their mirror images
+            reach = r - i
+            cells[..., i, :, :reach] = value
+            cells[..., -1 - i, :, max(0, self.W - reach) :] = value
+            cells[..., i, :, :reach, :] = value
+            cells[..., -1 - i, :, max(0, self.H - reach) :, :] = value
+        return x
+
+    def parts(self, x: Tensor, padded: Tensor) -> Iterator[tuple[tuple[slice, ...], Tensor, list[Tensor]]]:
+        """Cut planes and their padded neighbours so that what is at work on them fits the cache.
+
+        Yields where the part lies in a tensor ``(G, ...)``, the part of the planes ``(g, d, n)``, and the neighbours of
+        its tokens, one view as large for each cell of the window.
+        """
+        x, padded = x.flatten(0, 1), padded.flatten(0, 1)
+        at_work = 4 * x.shape[1]  # planes: a product has two factors, a sum and a buffer
+        for group, tokens in tiles(len(x), self.N, at_work, x.element_size()):
+            shifts = [padded[group, :, tokens.start + o : tokens.stop + o] for o in self.offsets]
+            yield (group, slice(None), tokens), x[group, :, tokens], shifts
+
+    def products(self, x: Tensor, padded: Tensor) -> Tensor:
+        """Dot products with the neighbours: ``(B, h, cells, N)``."""
+        out = x.new_empty(self.B, self.h, self.cells, self.N)
+        for at, own, shifts in self.parts(x, padded):
+            scratch = torch.empty_like(own)
+            for product, neighbours in zip(out.flatten(0, 1)[at].unbind(1), shifts, strict=True):
+                torch.mul(own, neighbours, out=scratch)
+                torch.sum(scratch, dim=1, out=product)
+        return out
+
+    def gather(self, out: Tensor, weights: Tensor, padded: Tensor) -> None:
+        """Add the neighbours, weighted by ``(B, h, cells, N)``, to ``out``."""
+        for at, own, shifts in self.parts(out, padded):
+            for weight, neighbours in zip(weights.flatten(0, 1)[at].unbind(1), shifts, strict=True):
+                own.addcmul_(weight[:, None], neighbours)
+
+    def scatter(self, x: Tensor, weights: Tensor, padded: Tensor) -> None:
+        """Add ``x``, weighted by ``(B, h, cells, N)``, to the neighbours in ``padded``."""
+        for at, own, shifts in self.parts(x, padded):
+            for weight, neighbours in zip(weights.flatten(0, 1)[at].unbind(1), shifts, strict=True):
+                neighbours.addcmul_(weight[:, None], own)
+
+
+class _Softmax:
+    """The one softmax over windows and pooled tokens, in chunks of tokens; rows ``cells + P`` long, the window first.
+
+    Args:
+        q: Queries as planes ``(B, h, d, N)``.
+        local: The windows' logits ``(B, h, cells, N)``; each chunk's weights take their place.
+        k_pool: ``(B, h, P, d)``.
+        bias_pool: ``(h, N, P)``.
+    """
+
+    def __init__(self, q: Tensor, local: Tensor, k_pool: Tensor, bias_pool: Tensor) -> None:
+        self.q, self.local, self.k_pool, self.bias_pool = q, local, k_pool, bias_pool
+        self.cells, self.columns = local.shape[2], local.shape[2] + k_pool.shape[2]
+        self.budget = CHUNK_BYTES.get(q.device.type, CHUNK_BYTES_ELSEWHERE)
+
     def chunks(self) -> Iterator[_Chunk]:
-        """Cut the work so that a chunk's planes and weights fit the cache."""
-        budget = CHUNK_BYTES.get(self.q.device.type, CHUNK_BYTES_ELSEWHERE)
-        row = self.W * max(self.cells + self.P, self.d, self.v.shape[2]) * self.q.element_size()
-        rows = max(1, min(self.H, budget // max(1, row)))
-        heads = max(1, min(self.h, budget // max(1, row * self.H))) if rows == self.H else 1
-        images = max(1, budget // max(1, row * self.H * self.h)) if heads == self.h else 1
-        for b in range(0, self.B, images):
-            for g in range(0, self.h, heads):
-                for y in range(0, self.H, rows):
-                    yield _Chunk(slice(b, b + images), slice(g, g + heads), range(y, min(y + rows, self.H)))
+        """Cut the work so that a chunk's weights fit the cache."""
+        B, h, _, N = self.q.shape
+        row = self.columns * self.q.element_size()
+        tokens = max(1, min(N, self.budget // row))
+        heads = max(1, min(h, self.budget // (row * N))) if tokens == N else 1
+        images = max(1, min(B, self.budget // (row * N * h))) if heads == h else 1
+        for b in range(0, B, images):
+            for g in range(0, h, heads):
+                for t in range(0, N, tokens):
+                    yield _Chunk(
+                        slice(b, min(b + images, B)), slice(g, min(g + heads, h)), slice(t, min(t + tokens, N))
+                    )
 
-    def tokens(self, chunk: _Chunk) -> slice:
-        """Where the tokens of a chunk lie in a plane."""
-        return slice(chunk.rows.start * self.W, chunk.rows.stop * self.W)
+    def buffer(self) -> Tensor:
+        """Memory for the largest chunk's rows, taken once."""
+        sizes = [[s.stop - s.start for s in chunk] for chunk in islice(self.chunks(), 1)]
+        return self.q.new_empty(sum(math.prod(s) for s in sizes) * self.columns)
 
-    def shifts(self, padded: Tensor, chunk: _Chunk) -> list[Tensor]:
-        """The neighbours of a chunk's tokens, one view ``(G, d, n)`` for each cell of the window."""
-        x, at = chunk.of(padded), self.tokens(chunk)
-        return [x[..., at.start + o : at.stop + o] for o in self.offsets]
+    def rows(self, buffer: Tensor, chunk: _Chunk) -> Tensor:
+        """A buffer, cut to a chunk's rows ``(G, n, cells + P)``."""
+        images, heads, tokens = (s.stop - s.start for s in chunk)
+        return buffer[: images * heads * tokens * self.columns].view(images * heads, tokens, self.columns)
 
-    def fill_outside(self, x: Tensor, chunk: _Chunk, value: float) -> None:
-        """Set the cells outside the map in ``x (G, cells, n)``."""
-        window, (G, _, n) = 2 * self.r + 1, x.shape
-        x = x.view(G, window, window, n // self.W, self.W)
-        for i in range(self.r):  # the window's row and column i, and their mirror images
-            reach = self.r - i
-            x[:, :, i, :, :reach] = value
-            x[:, :, -1 - i, :, max(0, self.W - reach) :] = value
-            x[:, i, :, : max(0, reach - chunk.rows.start)] = value
-            x[:, -1 - i, :, max(0, self.H - reach - chunk.rows.start) :] = value
-
-    def weights(self, chunk: _Chunk) -> Tensor:
-        """The softmax of a chunk's tokens ``(G, cells + P, n)``, the window first."""
-        at, c = self.tokens(chunk), self.cells
-        q = chunk.of(self.q)[..., at]  # (G, d, n)
-        logits = q.new_empty(q.shape[0], c + self.P, q.shape[2])
-        products(q, self.shifts(self.k, chunk), out=logits[:, :c])
-        bias_local, bias_pool = self.bias_local[chunk.heads], self.bias_pool[chunk.heads, :, at]
-        by_head = logits.unflatten(0, (-1, len(bias_local)))  # (images, heads, cells + P, n)
-        by_head[:, :, :c].add_(bias_local)
-        self.fill_outside(logits[:, :c], chunk, -math.inf)
-        pooled = torch.bmm(chunk.of(self.k_pool), q).unflatten(0, by_head.shape[:2])  # (images, heads, P, n)
-        torch.add(pooled, bias_pool, out=by_head[:, :, c:])
-        return torch.softmax(logits, dim=1, out=logits)
-
-    def local_weights(self, attn: Tensor, extra: Tensor | None, chunk: _Chunk) -> Tensor:
-        """What the window's values are multiplied by: ``(G, cells, n)``."""
-        local = attn[:, : self.cells]
-        if extra is None:
-            return local
-        local = local + chunk.of(extra)[..., self.tokens(chunk)]
-        self.fill_outside(local, chunk, 0.0)
-        return local
-
-
-def products(x: Tensor, shifts: list[Tensor], out: Tensor) -> None:
-    """Dot products over channels with each shifted map: ``(G, d, n)`` and as many to ``out (G, cells, n)``."""
-    scratch = torch.empty_like(x)
-    for i, y in enumerate(shifts):
-        torch.mul(x, y, out=scratch)
-        torch.sum(scratch, dim=1, out=out[:, i])
+    def weights(self, chunk: _Chunk, out: Tensor) -> Tensor:
+        """The softmax of a chunk's tokens ``(G, n, cells + P)``, in ``out``."""
+        q, local = (chunk.of(x)[..., chunk.tokens] for x in (self.q, self.local))
+        for i, column in enumerate(local.unbind(1)):
+            out[..., i] = column
+        pooled = torch.bmm(q.transpose(1, 2), chunk.of(self.k_pool).transpose(1, 2), out=out[..., self.cells :])
+        chunk.by_head(pooled).add_(self.bias_pool[chunk.heads, chunk.tokens])
+        torch.softmax(out, dim=2, out=out)
+        for i, column in enumerate(local.unbind(1)):
+            column.copy_(out[..., i])
+        return out
 
 
 # The chunk loop is opaque to compilers: its trip count depends on the shape and must not be unrolled.
@@ -182,17 +217,31 @@ def _forward_op(
     bias_pool: Tensor,
     extra: Tensor | None,
 ) -> Tensor:
-    s = _Planes(q, k, v, k_pool, v_pool, bias_local, bias_pool)
-    added = None if extra is None else s.plane(extra)
-    out = s.q.new_empty(*s.q.shape[:2], v.shape[-1], s.q.shape[3])
-    for chunk in s.chunks():
-        attn = s.weights(chunk)
-        result = torch.bmm(chunk.of(s.v_pool).transpose(1, 2), attn[:, s.cells :])  # (G, dv, n)
-        local = s.local_weights(attn, added, chunk)
-        for i, values in enumerate(s.shifts(s.v, chunk)):
-            result.addcmul_(local[:, i, None], values)
-        chunk.of(out)[..., s.tokens(chunk)] = result
-    return s.map(out).to(v.dtype)
+    window = _Window(q, bias_local.shape[1])
+    queries, values, v_pool = window.plane(q), window.padded(v), v_pool.to(window.dtype)
+    softmax = _softmax(window, queries, window.padded(k), k_pool, bias_local, bias_pool)
+    out = queries.new_empty(*queries.shape[:2], v.shape[-1], window.N)
+    buffer = softmax.buffer()
+    for chunk in softmax.chunks():
+        attn = softmax.weights(chunk, softmax.rows(buffer, chunk))
+        pooled = torch.bmm(chunk.of(v_pool).transpose(1, 2), attn[..., window.cells :].transpose(1, 2))  # (G, dv, n)
+        chunk.of(out)[..., chunk.tokens] = pooled
+    window.gather(out, _local_weights(window, softmax.local, extra), values)
+    return window.map(out).to(v.dtype)
+
+
+def _softmax(window: _Window, q: Tensor, k: Tensor, k_pool: Tensor, bias_local: Tensor, bias_pool: Tensor) -> _Softmax:
+    local = window.products(q, k)
+    local += bias_local[..., None]
+    window.fill_outside(local, -math.inf)
+    return _Softmax(q, local, k_pool.to(window.dtype).contiguous(), bias_pool)
+
+
+def _local_weights(window: _Window, attn: Tensor, extra: Tensor | None) -> Tensor:
+    """What the window's values are multiplied by: ``(B, h, cells, N)``, zero outside the map."""
+    if extra is None:
+        return attn
+    return window.fill_outside(window.plane(extra, copy=True), 0.0).add_(attn)
 
 
 @torch.library.impl("visionattn::aggregated_attention_chunked_backward", "default")
@@ -207,48 +256,49 @@ def _backward_op(
     extra: Tensor | None,
     dout: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    s = _Planes(q, k, v, k_pool, v_pool, bias_local, bias_pool)
-    added = None if extra is None else s.plane(extra)
-    douts = s.plane(dout)
-    dq, dk, dv = torch.empty_like(s.q), torch.zeros_like(s.k), torch.zeros_like(s.v)
-    dk_pool, dv_pool = torch.zeros_like(s.k_pool), torch.zeros_like(s.v_pool)
-    dbias_local, dbias_pool = torch.zeros_like(s.bias_local), s.bias_local.new_zeros(s.bias_pool.shape)
-    dextra = None if added is None else torch.empty_like(added)
-    for chunk in s.chunks():
-        at, c = s.tokens(chunk), s.cells
-        queries, grad = chunk.of(s.q)[..., at], chunk.of(douts)[..., at].contiguous()  # (G, d, n), (G, dv, n)
-        attn = s.weights(chunk)  # (G, cells + P, n)
-        for weights, dvalues in zip(s.local_weights(attn, added, chunk).unbind(1), s.shifts(dv, chunk), strict=True):
-            dvalues.addcmul_(weights[:, None], grad)
-        chunk.of(dv_pool).baddbmm_(attn[:, c:], grad.transpose(1, 2))
-        dattn = torch.empty_like(attn)
-        products(grad, s.shifts(s.v, chunk), out=dattn[:, :c])
-        if dextra is not None:
-            s.fill_outside(dattn[:, :c], chunk, 0.0)
-            chunk.of(dextra)[..., at] = dattn[:, :c]
-        torch.bmm(chunk.of(s.v_pool), grad, out=dattn[:, c:])
-        dlogits = torch.ops.aten._softmax_backward_data(dattn, attn, 1, attn.dtype)
-        by_head = dlogits.unflatten(0, (-1, len(dbias_local[chunk.heads])))  # (images, heads, cells + P, n)
-        by_head = by_head[0] if by_head.shape[0] == 1 else by_head.sum(dim=0)
-        dbias_local[chunk.heads].add_(by_head[:, :c].sum(dim=2, keepdim=True))
-        dbias_pool[chunk.heads, :, at].add_(by_head[:, c:])
-        dqueries = torch.bmm(chunk.of(s.k_pool).transpose(1, 2), dlogits[:, c:])
-        chunk.of(dk_pool).baddbmm_(dlogits[:, c:], queries.transpose(1, 2))
-        for weights, keys, dkeys in zip(
-            dlogits[:, :c].unbind(1), s.shifts(s.k, chunk), s.shifts(dk, chunk), strict=True
-        ):
-            dqueries.addcmul_(weights[:, None], keys)
-            dkeys.addcmul_(weights[:, None], queries)
-        chunk.of(dq)[..., at] = dqueries
+    window = _Window(q, bias_local.shape[1])
+    queries, keys, values, grads = window.plane(q), window.padded(k), window.padded(v), window.plane(dout)
+    values_pool = v_pool.to(window.dtype).contiguous()
+    softmax = _softmax(window, queries, keys, k_pool, bias_local, bias_pool)
+    dlocal = window.products(grads, values)
+    dextra = None if extra is None else window.map(window.fill_outside(dlocal.clone(), 0.0)).to(extra.dtype)
+    dq, dk_pool, dv_pool = torch.empty_like(queries), torch.zeros_like(softmax.k_pool), torch.zeros_like(values_pool)
+    dbias_pool = (queries.new_empty if window.B else queries.new_zeros)(bias_pool.shape)  # the first image sets it
+    buffers = softmax.buffer(), softmax.buffer()
+    for chunk in softmax.chunks():
+        at, c = chunk.tokens, window.cells
+        grad = chunk.of(grads)[..., at]  # (G, dv, n)
+        attn, dattn = (softmax.rows(b, chunk) for b in buffers)  # (G, n, cells + P)
+        softmax.weights(chunk, attn)
+        chunk.of(dv_pool).baddbmm_(attn[..., c:].transpose(1, 2), grad.transpose(1, 2))
+        for i, column in enumerate(chunk.of(dlocal)[..., at].unbind(1)):
+            dattn[..., i] = column
+        torch.bmm(grad.transpose(1, 2), chunk.of(values_pool).transpose(1, 2), out=dattn[..., c:])
+        dlogits = torch.ops.aten._softmax_backward_data.out(dattn, attn, 2, attn.dtype, grad_input=attn)
+        for i, column in enumerate(chunk.of(dlocal)[..., at].unbind(1)):
+            column.copy_(dlogits[..., i])
+        pooled = dlogits[..., c:]
+        by_head = chunk.by_head(pooled)
+        by_head = by_head[0] if len(by_head) == 1 else by_head.sum(dim=0)
+        if chunk.images.start == 0:
+            dbias_pool[chunk.heads, at] = by_head
+        else:
+            dbias_pool[chunk.heads, at] += by_head
+        chunk.of(dk_pool).baddbmm_(pooled.transpose(1, 2), chunk.of(queries)[..., at].transpose(1, 2))
+        chunk.of(dq)[..., at] = torch.bmm(chunk.of(softmax.k_pool).transpose(1, 2), pooled.transpose(1, 2))
+    dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
+    window.scatter(grads, _local_weights(window, softmax.local, extra), dv)
+    window.gather(dq, dlocal, keys)
+    window.scatter(queries, dlocal, dk)
     return (
-        s.map(dq).to(q.dtype),
-        s.map(s.inner(dk).contiguous()).to(k.dtype),
-        s.map(s.inner(dv).contiguous()).to(v.dtype),
+        window.map(dq).to(q.dtype),
+        window.map(window.inner(dk).contiguous()).to(k.dtype),
+        window.map(window.inner(dv).contiguous()).to(v.dtype),
         dk_pool.to(k.dtype),
         dv_pool.to(v.dtype),
-        dbias_local[..., 0].to(bias_local.dtype),
-        dbias_pool.transpose(1, 2).to(bias_pool.dtype).contiguous(),
-        None if extra is None or dextra is None else s.map(dextra).to(extra.dtype),
+        dlocal.sum(dim=(0, 3)).to(bias_local.dtype),
+        dbias_pool.to(bias_pool.dtype),
+        dextra,
     )
 
 
