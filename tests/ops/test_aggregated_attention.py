@@ -114,6 +114,16 @@ def test_inputs_without_a_gradient_do_not_stop_the_others() -> None:
     torch.testing.assert_close(tensors[2].grad, expected)
 
 
+def test_inputs_that_lie_as_planes_are_not_written_to() -> None:
+    tensors = [x.movedim(-1, 2).contiguous().movedim(2, -1) for x in inputs(2, 2, 4, 5, 8, 8, 4, 3)[:3]]
+    rest = inputs(2, 2, 4, 5, 8, 8, 4, 3)[3:]
+    extra = rest[-1].movedim(-1, 2).contiguous().movedim(2, -1)
+    tensors = [x.requires_grad_() for x in (*tensors, *rest[:-1], extra)]
+    before = [x.detach().clone() for x in tensors]
+    run(*tensors).square().sum().backward()
+    assert all(x.equal(y) for x, y in zip(tensors, before, strict=True))
+
+
 maps = st.tuples(
     st.integers(1, 3),
     st.integers(1, 3),
