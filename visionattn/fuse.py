@@ -50,7 +50,8 @@ def fuse(model: nn.Module, *, fold_batchnorm: bool = False) -> nn.Module:
     """Run the attention of timm's MaxViT, DaViT, ConViT and SHViT on this library's operators, in place.
 
     Outputs and gradients stay equal up to rounding, and state dict keys stay as they are. ConViT gains what timm's
-    class lacks: any input size, square or not, and gradient checkpointing. What was replaced and what was left is
+    class lacks: any input size, square or not, and gradient checkpointing. MaxViT takes any size, too: maps that
+    windows do not divide are padded. What was replaced and what was left is
     logged, and `fuse_report` tells it.
 
     Args:
@@ -247,11 +248,15 @@ class FusedSpatialBlock(SpatialBlock):
 
 
 class FusedPartitionAttention(PartitionAttentionCl):
-    """MaxViT's block or grid attention on `window_attention`."""
+    """MaxViT's block or grid attention on `window_attention`: the map is padded where windows do not divide it."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix the map ``(B, H, W, C)`` in windows or over a grid."""
+        _, H, W, _ = x.shape
         attn, y = self.attn, self.norm1(x)
+        height, width = self.partition_size
+        if H % height or W % width:  # behind the norm: padded tokens are keys and values of the bias
+            y = F.pad(y, (0, 0, 0, -W % width, 0, -H % height))
         qkv = attn.qkv(y)
         if attn.head_first:
             q, k, v = qkv.unflatten(-1, (attn.num_heads, -1)).permute(0, 3, 1, 2, 4).chunk(3, dim=-1)
@@ -262,9 +267,9 @@ class FusedPartitionAttention(PartitionAttentionCl):
             bias = attn.rel_pos.get_bias()
             bias = bias[0] if bias.ndim == 4 else bias  # (h, n, n)
         y = window_attention(
-            q, k, v, window=tuple(self.partition_size), bias=bias, grid=not self.partition_block, scale=attn.scale
+            q, k, v, window=(height, width), bias=bias, grid=not self.partition_block, scale=attn.scale
         )
-        y = attn.proj_drop(attn.proj(y.permute(0, 2, 3, 1, 4).flatten(3)))
+        y = attn.proj_drop(attn.proj(y.permute(0, 2, 3, 1, 4).flatten(3)[:, :H, :W]))
         x = x + self.drop_path1(self.ls1(y))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 

@@ -124,9 +124,20 @@ def load_checkpoint(
         model.settle(state)
     else:
         state = _timm.from_official(model, state)
-    _adapt_first_conv(model, state)
+    adapt_first_conv(model, state)
     _handle_classifier(model, state, keep_classifier, path)
     own = model.state_dict()
+    if parts := misfits(state, own):
+        raise CheckpointError(
+            f"{path} does not fit {type(model).__name__}; nothing was loaded. {' '.join(parts)} Create the variant "
+            "(and arguments) that the file was made for."
+        )
+    model.load_state_dict({**own, **state})
+    return model
+
+
+def misfits(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    """Say in sentences which tensors of a file do not fit a model's ``own``, and which of those it lacks."""
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
     unexpected = [k for k in state if k not in own]
     shapes = [
@@ -134,15 +145,11 @@ def load_checkpoint(
         for k in own
         if k in state and state[k].shape != own[k].shape
     ]
-    if missing or unexpected or shapes:
-        parts = [f"{path} does not fit {type(model).__name__}; nothing was loaded."]
-        parts += [f"{len(shapes)} of another shape: {_few(shapes)}."] if shapes else []
-        parts += [f"{len(missing)} missing from the file: {_few(missing)}."] if missing else []
-        parts += [f"{len(unexpected)} that the model does not have: {_few(unexpected)}."] if unexpected else []
-        parts.append("Create the variant (and arguments) that the file was made for.")
-        raise CheckpointError(" ".join(parts))
-    model.load_state_dict({**own, **state})
-    return model
+    return [
+        *([f"{len(shapes)} of another shape: {_few(shapes)}."] if shapes else []),
+        *([f"{len(missing)} missing from the file: {_few(missing)}."] if missing else []),
+        *([f"{len(unexpected)} that the model does not have: {_few(unexpected)}."] if unexpected else []),
+    ]
 
 
 def read_checkpoint(path: str | Path) -> Any:
@@ -236,7 +243,8 @@ def _handle_classifier(model: nn.Module, state: StateDict, keep: bool | str, pat
                     state[key] = own[key]
 
 
-def _adapt_first_conv(model: nn.Module, state: StateDict) -> None:
+def adapt_first_conv(model: nn.Module, state: StateDict) -> None:
+    """Bring the first convolution of weights for colour images to the model's channels."""
     cfg = getattr(model, "pretrained_cfg", None) or {}
     names = cfg.get("first_conv") or ()
     own = model.state_dict()

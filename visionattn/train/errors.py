@@ -5,10 +5,9 @@ The command lines print the message of a `TrainError` alone; anything else is ou
 
 from __future__ import annotations
 
-import importlib
 from types import ModuleType
 
-from visionattn import models
+from visionattn import extras, models
 
 
 class TrainError(Exception):
@@ -31,26 +30,17 @@ class NonFiniteLossError(TrainError, ArithmeticError):
     """The training loss became NaN or infinite."""
 
 
-class MissingDependencyError(TrainError, ImportError):
+class MissingDependencyError(TrainError, extras.MissingExtraError):
     """A package of an optional extra is not installed."""
 
 
 def require(module: str, purpose: str, install: str = "visionattn[train]") -> ModuleType:
-    """Import an optional module, or say which extra brings it.
-
-    Args:
-        module: dotted name to import.
-        purpose: what needs it, as the beginning of a sentence ("the digits data set").
-        install: what to hand to ``pip install``.
+    """Import an optional module as `visionattn.extras.require` does.
 
     Raises:
         MissingDependencyError: the module is not installed.
     """
     try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] != module.partition(".")[0]:
-            raise  # the module is there, something inside it is not: not ours to explain
-        raise MissingDependencyError(
-            f"{purpose} needs the package {module.partition('.')[0]!r}: pip install '{install}'"
-        ) from error
+        return extras.require(module, purpose, install)
+    except extras.MissingExtraError as error:
+        raise MissingDependencyError(str(error)) from error
