@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visionattn.ops import channel_attention, gated_positional_attention
+from visionattn.ops._dispatch import exporting
 from visionattn.ops.window_attention import window_attention
 
 _logger = logging.getLogger(__name__)
 
 Size = tuple[int, int]
+FUSED_TOKENS = 1024  # of SHViT's one head: below, transposing them costs a CPU more than the matrix of weights
 
 
 @dataclass(frozen=True)
@@ -275,7 +277,7 @@ class FusedPartitionAttention(PartitionAttentionCl):
 
 
 class FusedSHSA(SHSA):
-    """SHViT's single-head attention on PyTorch's fused one, without the matrix of weights."""
+    """SHViT's single-head attention: from a thousand tokens on PyTorch's fused one, without the matrix of weights."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix the first channels of the map ``(B, C, H, W)``."""
@@ -284,10 +286,14 @@ class FusedSHSA(SHSA):
         # Split before transposing: the gradient that then reaches the batch norm is contiguous. On the CPU, torch 2.11
         # computes wrong gradients of its weight for a batch of one whose gradient has a transposed layout.
         qkv = self.qkv(self.pre_norm(attended)).split([self.qk_dim, self.qk_dim, self.pdim], dim=1)
-        q, k, v = (t.flatten(2).transpose(1, 2)[:, None] for t in qkv)  # 3 x (B, 1, N, d)
-        y = F.scaled_dot_product_attention(q, k, v, scale=self.scale)[:, 0]  # (B, N, p)
-        y = y.transpose(1, 2).reshape(B, self.pdim, H, W)
-        return self.proj(torch.cat([y, rest], dim=1))
+        q, k, v = (t.flatten(2) for t in qkv)  # 3 x (B, d, N)
+        if x.device.type == "cpu" and (exporting() or H * W < FUSED_TOKENS):
+            attn = ((q * self.scale).transpose(1, 2) @ k).softmax(dim=-1)  # (B, N, N)
+            y = v @ attn.transpose(1, 2)
+        else:
+            q, k, v = (t.transpose(1, 2)[:, None] for t in (q, k, v))  # 3 x (B, 1, N, d)
+            y = F.scaled_dot_product_attention(q, k, v, scale=self.scale)[:, 0].transpose(1, 2)
+        return self.proj(torch.cat([y.reshape(B, self.pdim, H, W), rest], dim=1))
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,12 @@ def forward(q: Tensor, k: Tensor, v: Tensor, gamma: float, zeta: float, scale: f
 def _forward(q: Tensor, k: Tensor, v: Tensor, gamma: float, zeta: float, scale: float) -> Tensor:
     B, h, N, _ = q.shape
     exact = torch.promote_types(q.dtype, torch.float32)
-    queries, keys, values = _groups(q * scale, exact), _groups(k, exact), _groups(v, exact)
+    queries, keys, values = _groups(q, exact), _groups(k, exact), _groups(v, exact)
     out = queries.new_empty(B * h, N, v.shape[-1])
     buffers = _buffers(queries, keys, 2)
     for group, rows in tiles(B * h, N, k.shape[2], queries.element_size()):
         logits, attn = _views(buffers, queries[group, rows], keys)
-        _softmax(queries[group, rows], keys[group], logits, attn)
+        _softmax(queries[group, rows], keys[group], scale, logits, attn)
         _clip(attn, gamma, zeta, out=logits)
         torch.bmm(logits, values[group], out=out[group, rows])
     out *= zeta - gamma
@@ -45,7 +45,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, h, N, _ = q.shape
     exact = torch.promote_types(q.dtype, torch.float32)
-    queries, keys, values = _groups(q * scale, exact), _groups(k, exact), _groups(v, exact)
+    queries, keys, values = _groups(q, exact), _groups(k, exact), _groups(v, exact)
     grads = _groups(dout, exact) * (zeta - gamma)
     dq = torch.empty_like(queries)
     dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
@@ -53,7 +53,7 @@ def _backward(
     low, high = -gamma / (zeta - gamma), (1 - gamma) / (zeta - gamma)
     for group, rows in tiles(B * h, N, k.shape[2], queries.element_size()):
         attn, clipped, dattn = _views(buffers, queries[group, rows], keys)
-        _softmax(queries[group, rows], keys[group], clipped, attn)
+        _softmax(queries[group, rows], keys[group], scale, clipped, attn)
         _clip(attn, gamma, zeta, out=clipped)
         dv[group].baddbmm_(clipped.transpose(1, 2), grads[group, rows])
         torch.bmm(grads[group, rows], values[group].transpose(1, 2), out=dattn)
@@ -63,7 +63,7 @@ def _backward(
             torch.ops.aten.softshrink_backward.grad_input(dattn, attn, low, grad_input=clipped)
         torch.ops.aten._softmax_backward_data.out(clipped, attn, -1, exact, grad_input=dattn)
         torch.bmm(dattn, keys[group], out=dq[group, rows])
-        dk[group].baddbmm_(dattn.transpose(1, 2), queries[group, rows])
+        dk[group].baddbmm_(dattn.transpose(1, 2), queries[group, rows], alpha=scale)
     dq *= scale
     return dq.view(q.shape).to(q.dtype), dk.view(k.shape).to(k.dtype), dv.view(v.shape).to(v.dtype)
 
@@ -86,8 +86,8 @@ def _views(buffers: Tensor, queries: Tensor, keys: Tensor) -> list[Tensor]:
     return [b[: shape[0] * shape[1] * shape[2]].view(shape) for b in buffers]
 
 
-def _softmax(queries: Tensor, keys: Tensor, logits: Tensor, out: Tensor) -> None:
-    torch.bmm(queries, keys.transpose(1, 2), out=logits)
+def _softmax(queries: Tensor, keys: Tensor, scale: float, logits: Tensor, out: Tensor) -> None:
+    torch.baddbmm(logits, queries, keys.transpose(1, 2), beta=0, alpha=scale, out=logits)
     torch.ops.aten._softmax.out(logits, -1, False, out=out)
 
 

@@ -38,12 +38,12 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float) -> tuple
     """Return ``relu(scale q k^T) v`` over its norm plus ``eps`` ``(B, h, N, dv)``, and the norm ``(B, h)`` in fp32."""
     B, h, N, _ = q.shape
     exact = torch.promote_types(q.dtype, torch.float32)
-    queries, keys, values = _groups(q * scale, exact), _groups(k, exact), _groups(v, exact)
+    queries, keys, values = _groups(q, exact), _groups(k, exact), _groups(v, exact)
     out = queries.new_empty(B * h, N, v.shape[-1])
     squares = queries.new_zeros(B * h)
     scores_buffer = _buffer(queries, keys)
     for group, rows in tiles(B * h, N, k.shape[2], queries.element_size()):
-        scores = _scores(queries[group, rows], keys[group], scores_buffer)
+        scores = _scores(queries[group, rows], keys[group], scale, scores_buffer)
         squares[group] += torch.linalg.vector_norm(scores, dim=2).square_().sum(dim=1)  # in two steps: more exact
         torch.bmm(scores, values[group], out=out[group, rows])
     norm = squares.sqrt_()
@@ -56,7 +56,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, h, N, _ = q.shape
     exact = norm.dtype
-    queries, keys, values = _groups(q * scale, exact), _groups(k, exact), _groups(v, exact)
+    queries, keys, values = _groups(q, exact), _groups(k, exact), _groups(v, exact)
     norm = norm.view(-1, 1, 1)
     grads = _groups(dout, exact)
     slope = (grads * _groups(out, exact)).sum(dim=(1, 2), keepdim=True)  # -d loss / d log(norm + eps)
@@ -66,14 +66,14 @@ def _backward(
     dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
     scores_buffer, dscores_buffer = _buffer(queries, keys), _buffer(queries, keys)
     for group, rows in tiles(B * h, N, k.shape[2], queries.element_size()):
-        scores = _scores(queries[group, rows], keys[group], scores_buffer)
+        scores = _scores(queries[group, rows], keys[group], scale, scores_buffer)
         dv[group].baddbmm_(scores.transpose(1, 2), grads[group, rows])
         dscores = dscores_buffer[: scores.numel()].view(scores.shape)
         torch.bmm(grads[group, rows], values[group].transpose(1, 2), out=dscores)
         torch.ops.aten.threshold_backward.grad_input(dscores, scores, 0, grad_input=dscores)
         dscores.addcmul_(scores, shrink[group], value=-1)
         torch.bmm(dscores, keys[group], out=dq[group, rows])
-        dk[group].baddbmm_(dscores.transpose(1, 2), queries[group, rows])
+        dk[group].baddbmm_(dscores.transpose(1, 2), queries[group, rows], alpha=scale)
     dq *= scale
     return dq.view(q.shape).to(q.dtype), dk.view(k.shape).to(k.dtype), dv.view(v.shape).to(v.dtype)
 
@@ -90,11 +90,11 @@ def _buffer(queries: Tensor, keys: Tensor) -> Tensor:
     return queries.new_empty(first[0].stop * first[1].stop * keys.shape[1])
 
 
-def _scores(queries: Tensor, keys: Tensor, buffer: Tensor) -> Tensor:
+def _scores(queries: Tensor, keys: Tensor, scale: float, buffer: Tensor) -> Tensor:
     """Rectified scores ``(groups, queries, keys)`` of a tile, in ``buffer``."""
     shape = (*queries.shape[:2], keys.shape[1])
     scores = buffer[: shape[0] * shape[1] * shape[2]].view(shape)
-    return torch.bmm(queries, keys.transpose(1, 2), out=scores).relu_()
+    return torch.baddbmm(scores, queries, keys.transpose(1, 2), beta=0, alpha=scale, out=scores).relu_()
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float) -> tuple[Tensor, Tensor]:

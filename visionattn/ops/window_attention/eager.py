@@ -65,8 +65,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, window: Size, bias: Tensor | None, 
         for x in (q, k, v)
     )  # (B * P, h, n, d)
     if n <= SMALL and q.device.type == "cpu":
-        logits = (q * scale) @ k.transpose(-2, -1)
-        out = (logits if bias is None else logits.add_(bias)).softmax(dim=-1) @ v
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (B * P * h, n, d)
+        logits = torch.baddbmm(q.new_empty(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scale)  # scaled in passing
+        if bias is not None:
+            logits = logits.view(-1, h, n, n).add_(bias).flatten(0, 1)
+        out = torch.bmm(logits.softmax(dim=-1), v)
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     out = out.view(B, H // wh, W // ww, h, wh, ww, v.shape[-1]).permute(to_map)  # (B, H, W, h, dv), each axis in two
