@@ -1,11 +1,10 @@
-"""Measure side by side: `python tools/benchmark.py ops [operator ...]`, `python tools/benchmark.py models name ...`."""
+"""Measure side by side: `python tools/benchmark.py ops [operator ...]`, `... models name ...`, `... compare what`."""
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from visionattn.analysis import bench, kernels
+from visionattn.analysis import bench, compare, kernels
 
 LINE = "{:62} {:30} {:17} {:>10} {:>22} {:>9}"
 
@@ -18,6 +17,9 @@ def main() -> None:
     shared.add_argument("--dtype", default="fp32", choices=sorted(bench.DTYPES), help="on a GPU, operators run in both")
     shared.add_argument("--rounds", type=int, default=7, help="times that each contestant is measured, in turn")
     shared.add_argument("--out", type=Path, help="write the rows and the machine as JSON")
+    shared.add_argument(
+        "--append", action="store_true", help="keep what the file holds already from this machine and day"
+    )
     text = "operators against their authors' formulation: time, ratio, peak memory"
     ops = commands.add_parser("ops", help=text, parents=[shared])
     ops.add_argument("operators", nargs="*", help="names from visionattn.ops.OPERATORS; all if none")
@@ -29,6 +31,10 @@ def main() -> None:
     models.add_argument("--batch", type=int, nargs="+", default=[1], help="batch sizes")
     models.add_argument("--compile", action="store_true", help="through torch.compile as well")
     models.add_argument("--train", action="store_true", help="forward and backward as well")
+    text = "on the CPU: HiLo against its rivals, SHViT against MobileViTv2, Agent against softmax at growing size"
+    compared = commands.add_parser("compare", help=text, parents=[shared])
+    compared.add_argument("what", choices=list(compare.COMPARISONS))
+    compared.add_argument("--size", type=int, nargs="+", help="sides of the maps; for shvit, of the images")
     args = parser.parse_args()
     where = bench.machine(args.device)
     if args.device == "cuda":
@@ -37,15 +43,19 @@ def main() -> None:
     print(LINE.format("subject, shape", "contestant", "direction", "ms", "speed-up (quartiles)", "peak MB"))
     rows = []
     try:
-        for row in _operators(args) if args.command == "ops" else _models(args):
+        for row in {"ops": _operators, "models": _models, "compare": _compare}[args.command](args):
             rows.append(row)
             speedup = f"{row.speedup:.2f} ({row.speedup_low:.2f} to {row.speedup_high:.2f})"
             label = f"{row.subject}, {row.shape}"
             numbers = (f"{row.ms:.3f}", speedup, f"{row.peak_mb:.2f}")
             print(LINE.format(label, row.contestant, row.direction, *numbers), flush=True)
             if args.out:  # after every row: a run that is stopped keeps what it measured
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                args.out.write_text(json.dumps({"machine": where, "rows": bench.as_dicts(rows)}, indent=1) + "\n")
+                bench.write(args.out, where, rows, append=args.append)
+        if args.command == "compare" and args.what == "agent":
+            tokens = compare.crossover(rows)
+            print(f"agent attention is never slower from {tokens} tokens on" if tokens else "no crossover was measured")
+            if args.out:
+                bench.write(args.out, where, rows, append=args.append, agent_crossover_tokens=tokens)
     except ValueError as e:
         parser.error(str(e))
 
@@ -78,6 +88,16 @@ def _models(args: argparse.Namespace) -> Iterator[bench.Row]:
                     compiled=args.compile,
                     train=args.train,
                 )
+
+
+def _compare(args: argparse.Namespace) -> Iterator[bench.Row]:
+    if (args.device, args.dtype) != ("cpu", "fp32"):
+        raise ValueError("comparisons are measured on the CPU, in fp32")
+    if args.what == "shvit":
+        for size in args.size or [256]:
+            yield from compare.shvit(size=size, rounds=args.rounds)
+        return
+    yield from compare.COMPARISONS[args.what](**({"sides": args.size} if args.size else {}), rounds=args.rounds)
 
 
 if __name__ == "__main__":

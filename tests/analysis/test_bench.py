@@ -1,12 +1,13 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from visionattn.analysis import bench
+from visionattn.analysis import bench, compare
 from visionattn.ops import OPERATORS
 
 ROOT = Path(__file__).parents[2]
@@ -50,6 +51,43 @@ def test_race_has_a_row_for_each_contestant_and_direction() -> None:
     assert rows[0].speedup == 1.0
 
 
+def test_rows_are_appended_to_those_of_the_same_machine_and_day(tmp_path) -> None:
+    case = bench.Case("square", "small", lambda: [torch.ones(4)], lambda x: x**2, lambda x: x * x)
+    rows, where, path = bench.measure(case, rounds=1), {"device": "this"}, tmp_path / "rows.json"
+    bench.write(path, where, rows[:2], append=True)
+    bench.write(path, where, rows[1:], append=True, note="two runs")
+    data = json.loads(path.read_text())
+    assert data == {"machine": where, "note": "two runs", "rows": bench.as_dicts(rows)}
+    with pytest.raises(ValueError, match="another machine, versions or day"):
+        bench.write(path, {"device": "that"}, rows, append=True)
+    bench.write(path, {"device": "that"}, rows[:1])
+    assert len(json.loads(path.read_text())["rows"]) == 1
+
+
+def test_comparisons_race_every_rival() -> None:
+    rows = list(compare.hilo([4], rounds=1))
+    rivals = ("spatial reduction by 2", "windows of 7", "softmax")
+    assert [r.contestant for r in rows] == [name for rival in rivals for name in (rival, "HiLo")]
+    rows = list(compare.agent([2, 3], rounds=1))
+    assert [(r.contestant, r.shape) for r in rows[1::2]] == [("agent", "4 tokens"), ("agent", "9 tokens")]
+
+
+@pytest.mark.slow
+def test_models_are_compared_eager_and_exported() -> None:
+    rows = list(compare.shvit("shvit_s1", "test_efficientnet", size=64, batches=[1], rounds=1))
+    assert [r.contestant for r in rows] == ["test_efficientnet", "shvit_s1"] * 2
+    assert [r.shape.rpartition(", ")[2] for r in rows[::2]] == ["eager", "ONNX Runtime"]
+
+
+def test_the_crossover_is_where_agent_stays_ahead() -> None:
+    rows = list(compare.agent([2], rounds=1))[1:] * 4
+    rows = [
+        replace(r, shape=f"{i} tokens", speedup=s) for i, (r, s) in enumerate(zip(rows, (1, 0.9, 1, 2), strict=True))
+    ]
+    assert compare.crossover(rows) == 2
+    assert compare.crossover(rows[:2]) is None
+
+
 @pytest.mark.slow
 def test_command_line_writes_rows_and_the_machine(tmp_path) -> None:
     out = tmp_path / "rows.json"
@@ -66,3 +104,9 @@ def test_command_line_writes_rows_and_the_machine(tmp_path) -> None:
     models = [*command, "models", "convit_tiny", "--size", "64", "--rounds", "1"]
     done = subprocess.run(models, capture_output=True, text=True, check=True)
     assert "convit_tiny, 64x64, batch 1" in done.stdout
+    agent = [*command, "compare", "agent", "--size", "2", "40", "--rounds", "1", "--out", out]
+    done = subprocess.run(agent, capture_output=True, text=True, check=True)
+    assert "never slower from" in done.stdout or "no crossover" in done.stdout
+    assert "agent_crossover_tokens" in json.loads(out.read_text())
+    wrong = subprocess.run([*agent, "--dtype", "bf16"], capture_output=True, text=True, check=False)
+    assert "in fp32" in wrong.stderr

@@ -15,6 +15,11 @@ def vit() -> nn.Module:
     return timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, embed_dim=32, num_heads=2, num_classes=5)
 
 
+def deit() -> nn.Module:  # two tokens before the map
+    small = {"depth": 1, "embed_dim": 32, "num_heads": 2, "num_classes": 5}
+    return timm.create_model("deit_tiny_distilled_patch16_224", img_size=64, **small)
+
+
 def swin() -> nn.Module:
     return timm.create_model(
         "swin_tiny_patch4_window7_224", img_size=56, depths=(2, 1), embed_dim=16, num_heads=(2, 2), num_classes=5
@@ -36,6 +41,7 @@ def host() -> nn.Module:
 
 MODELS = {
     "vit": (vit, 64, 2),
+    "deit": (deit, 64, 1),
     "host": (host, 64, 2),
     "swin": (swin, 56, 2),
     "pvt": (pvt, 64, 4),

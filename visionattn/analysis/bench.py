@@ -3,6 +3,7 @@
 import copy
 import gc
 import importlib
+import json
 import os
 import platform
 import statistics
@@ -119,11 +120,11 @@ def measure(case: Case, *, device: str = "cpu", dtype: str = "fp32", rounds: int
     tensors = [x.to(device, DTYPES[dtype]) if x.is_floating_point() else x.to(device) for x in case.inputs()]
     exact = case.published(*[x.double() if x.is_floating_point() else x for x in tensors])
     for name, run in contestants.items():
-        _check(f"{case.operator}, {case.shape}: {name}", run(*tensors), exact, 1e-4 if dtype == "fp32" else 0.05)
+        check_close(f"{case.operator}, {case.shape}: {name}", run(*tensors), exact, 1e-4 if dtype == "fp32" else 0.05)
     return [
         row
         for direction in DIRECTIONS
-        for row in _race(
+        for row in race(
             {name: _call(run, tensors, direction) for name, run in contestants.items()},
             {"subject": case.operator, "shape": case.shape, "direction": direction, "dtype": dtype},
             device,
@@ -178,12 +179,12 @@ def measure_model(
     with torch.no_grad():
         expected = next(iter(contestants.values()))(x)
         for contestant, run in contestants.items():
-            _check(f"{name}, {label}: {contestant}", run(x), expected, 1e-3 if dtype == "fp32" else 0.1)
+            check_close(f"{name}, {label}: {contestant}", run(x), expected, 1e-3 if dtype == "fp32" else 0.1)
     rows = []
     for direction in DIRECTIONS if train else DIRECTIONS[:1]:
         calls = {key: _model_call(run, x, direction) for key, run in contestants.items()}
         what = {"subject": name, "shape": label, "direction": direction, "dtype": dtype}
-        rows += _race(calls, what, device, rounds)
+        rows += race(calls, what, device, rounds)
     return rows
 
 
@@ -200,14 +201,22 @@ class OnReference(nn.Module):
             return self.model(x)
 
 
-def _check(label: str, actual: Tensor, expected: Tensor, budget: float) -> None:
+def check_close(label: str, actual: Tensor, expected: Tensor, budget: float) -> None:
+    """Raise AssertionError if ``actual`` is off by more than ``budget`` of the largest value of ``expected``."""
     off = ((actual.double() - expected.double()).abs().max() / expected.abs().max().clamp(min=1e-12)).item()
     if not off <= budget:
         raise AssertionError(f"{label} is off by {off:.1e} of the largest value, allowed are {budget:.0e}")
 
 
-def _race(calls: Mapping[str, Callable[[], object]], what: dict[str, Any], device: str, rounds: int) -> list[Row]:
-    """Time calls in turn, round by round; the first one is the baseline."""
+def race(calls: Mapping[str, Callable[[], object]], what: dict[str, Any], device: str, rounds: int) -> list[Row]:
+    """Time calls in turn, round by round; the first one is the baseline.
+
+    Args:
+        calls: Contestants by name.
+        what: The fields of `Row` that all rows share.
+        device: ``"cpu"`` or ``"cuda"``.
+        rounds: Times that each contestant is measured.
+    """
     baseline = next(iter(calls))
     peaks = {name: peak_bytes(call, device) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -305,3 +314,27 @@ def peak_bytes(call: Callable[[], object], device: str) -> int:
 def as_dicts(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Return rows as plain dictionaries, for JSON."""
     return [asdict(row) for row in rows]
+
+
+def write(path: Path, where: Mapping[str, Any], rows: Sequence[Row], *, append: bool = False, **more: Any) -> None:
+    """Write rows and the machine as JSON.
+
+    Args:
+        path: The file; its folder is made if need be.
+        where: What `machine` said.
+        rows: What was measured.
+        append: Keep the rows that are in the file already, but for those measured again.
+        **more: Further entries of the file.
+
+    Raises:
+        ValueError: the rows in the file were measured on another machine, by other versions or on another day.
+    """
+    new = as_dicts(rows)
+    old: dict[str, Any] = json.loads(path.read_text()) if append and path.exists() else {"machine": where, "rows": []}
+    if old["machine"] != dict(where):
+        raise ValueError(f"{path} is from another machine, versions or day: {old['machine']}; this is {dict(where)}")
+    keys = ("subject", "shape", "contestant", "direction", "dtype")
+    again = {tuple(row[k] for k in keys) for row in new}
+    kept = [row for row in old["rows"] if tuple(row[k] for k in keys) not in again]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**old, **more, "rows": kept + new}, indent=1) + "\n")
