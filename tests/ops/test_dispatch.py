@@ -6,7 +6,7 @@ import torch
 
 import visionattn
 from visionattn import env, ops
-from visionattn.ops import routed_attention
+from visionattn.ops import _crossovers, _dispatch, routed_attention
 from visionattn.testing import randn
 
 
@@ -29,6 +29,25 @@ def test_unknown_implementation_is_a_value_error() -> None:
 def test_implementation_that_cannot_run_says_why() -> None:
     with pytest.raises(visionattn.UnsupportedError, match="there is no impl='natten'"):
         call("natten")
+
+
+def test_measured_crossovers_decide_and_say_where_they_come_from(monkeypatch) -> None:
+    class Accepts:
+        def why_not(self, *args: object) -> None:
+            return None
+
+    plain, kernel = Accepts(), Accepts()
+    known = {"triton": kernel, "eager": plain}
+    q = torch.zeros(10)
+    monkeypatch.setattr(_dispatch, "INTERPRET", False)
+    monkeypatch.setattr(_dispatch, "missing", lambda impl: None)
+    assert _dispatch.choose("some_op", "auto", known, q) is kernel  # nothing was measured
+    row = _crossovers.Crossover(10, "a test")
+    monkeypatch.setitem(_crossovers.CROSSOVERS, ("some_op: elements of the queries; plain, kernel", "cpu"), row)
+    assert _dispatch.choose("some_op", "auto", known, q) is plain
+    assert _dispatch.choose("some_op", "auto", known, torch.zeros(11)) is kernel
+    assert _dispatch.choose("some_op", "triton", known, q) is kernel  # by name, whatever was measured
+    assert all(row.source for row in _crossovers.CROSSOVERS.values())
 
 
 def test_default_is_used_and_restored() -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from visionattn.analysis.operators.routed_attention import gather_formulation
-from visionattn.ops import routed_attention, topk_regions
+from visionattn.ops import _crossovers, routed_attention, topk_regions
 from visionattn.ops.routed_attention import eager
 from visionattn.testing import assert_within_budget, check_operator, poisoned, randn
 
@@ -35,11 +35,15 @@ def test_eager_is_right(heads, size, grid, topk, dim) -> None:
     )
 
 
+def mask_wins_up_to(cover: float, monkeypatch) -> None:
+    monkeypatch.setitem(_crossovers.CROSSOVERS, (eager.MASK_WINS, "cpu"), _crossovers.Crossover(cover, "test"))
+
+
 @every_shape
 def test_chunks_of_any_size_agree(heads, size, grid, topk, dim, monkeypatch) -> None:
     tensors = data(heads, size, grid, topk, dim)
     reference = lambda *x: routed_attention(*x, grid=grid, impl="reference")  # noqa: E731
-    monkeypatch.setattr(eager, "DENSE_COVER", 0)
+    mask_wins_up_to(0, monkeypatch)
     for limit in (1, 3000, 2**30):
         monkeypatch.setattr(eager, "CHUNK_BYTES", limit)
         assert_within_budget(lambda *x: routed_attention(*x, grid=grid, impl="eager"), reference, tensors)
@@ -48,7 +52,7 @@ def test_chunks_of_any_size_agree(heads, size, grid, topk, dim, monkeypatch) -> 
 @pytest.mark.parametrize("impl", ["reference", "eager"])
 @pytest.mark.parametrize("cover", [0, 100])
 def test_gradcheck(impl: str, cover: int, monkeypatch) -> None:
-    monkeypatch.setattr(eager, "DENSE_COVER", cover)
+    mask_wins_up_to(cover, monkeypatch)
     q, k, v, index = data(2, (4, 6), (2, 3), 2, 3, batch=1)
     q, k, v = (x.double().requires_grad_() for x in (q, k, v))
     assert torch.autograd.gradcheck(lambda *x: routed_attention(*x, index, grid=(2, 3), impl=impl), (q, k, v))

@@ -12,6 +12,9 @@ from types import ModuleType
 from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor
+
+from visionattn.ops._crossovers import first_wins
 
 Impl = Literal["auto", "reference", "eager", "triton", "natten", "flex"]
 IMPLS: tuple[str, ...] = get_args(Impl)[1:]
@@ -117,7 +120,7 @@ def choose(op: str, impl: str, known: Mapping[str, ModuleType], *args: Any, **kw
     if impl == "auto":
         plain_only = exporting()
         for name, module in known.items():
-            if (plain_only and name not in PLAIN) or (name == "triton" and INTERPRET):
+            if name not in PLAIN and (plain_only or not _pays(op, args[0])):
                 continue
             if missing(name) is None and module.why_not(*args, **kwargs) is None:
                 return module
@@ -130,6 +133,11 @@ def choose(op: str, impl: str, known: Mapping[str, ModuleType], *args: Any, **kw
     if why is not None:
         raise UnsupportedError(f"{op}: impl={impl!r} refuses: {why}")
     return known[impl]
+
+
+def _pays(op: str, q: Tensor) -> bool:
+    """Whether a kernel is worth its launch: not in the interpreter, nor below a measured size of the queries."""
+    return not INTERPRET and not first_wins(f"{op}: elements of the queries; plain, kernel", q.numel(), q.device)
 
 
 def _reasons(known: Mapping[str, ModuleType], *args: Any, **kwargs: Any) -> str:

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from visionattn.ops._crossovers import first_wins
 from visionattn.ops._dispatch import exporting
 from visionattn.ops._register import differentiable
 from visionattn.ops.routed_attention._regions import to_map, to_regions
 
 CHUNK_BYTES = 8 * 2**20  # gathered keys, values and logits of one chunk: about the size of a last-level cache
-DENSE_COVER = 4  # masked attention does P / topk times the work; it wins below this ratio (measured on 2 CPU cores)
+MASK_WINS = "routed_attention: regions for each routed one; mask, gather"  # masked, it does P / topk times the work
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, index: Tensor, grid: tuple[int, int], scale: float) -> str | None:
@@ -34,7 +35,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, index: Tensor, grid: tuple[int, int
     if topk == P:  # every region is routed to: plain attention
         q, k, v = (x.flatten(2, 3) for x in (q, k, v))  # (B, h, P * T, d)
         out = F.scaled_dot_product_attention(q, k, v, scale=scale)
-    elif DENSE_COVER * topk >= P and mask_bytes <= CHUNK_BYTES:
+    elif first_wins(MASK_WINS, P / topk, q.device) and mask_bytes <= CHUNK_BYTES:
         out = _masked(q, k, v, index, scale)
     else:
         out = _chunked(q.contiguous(), k.contiguous(), v.contiguous(), index, scale)
