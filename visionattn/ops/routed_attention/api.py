@@ -5,10 +5,10 @@ from torch import Tensor
 
 from visionattn.ops._check import check_maps
 from visionattn.ops._dispatch import Impl, choose
-from visionattn.ops.routed_attention import eager, reference
+from visionattn.ops.routed_attention import eager, reference, triton
 from visionattn.ops.routed_attention._regions import to_regions
 
-IMPLS = {"eager": eager, "reference": reference}
+IMPLS = {"triton": triton, "eager": eager, "reference": reference}
 
 
 def routed_attention(
