@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from visionattn.ops._crossovers import first_wins
+
 Size = tuple[int, int]
 Zone = tuple[int, int, int]
 
-SMALL = 64  # tokens of a window up to which two batched products beat SDPA's kernel on a CPU (measured on 2 cores)
+PRODUCTS_WIN = "window_attention: tokens of a window; two products, fused attention"
 
 
 def why_not(
@@ -64,7 +66,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, window: Size, bias: Tensor | None, 
         x.view(B, h, *split[0], *split[1], x.shape[-1]).permute(to_windows).reshape(B * count, h, n, x.shape[-1])
         for x in (q, k, v)
     )  # (B * P, h, n, d)
-    if n <= SMALL and q.device.type == "cpu":
+    if first_wins(PRODUCTS_WIN, n, q.device):
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (B * P * h, n, d)
         logits = torch.baddbmm(q.new_empty(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scale)  # scaled in passing
         if bias is not None:
