@@ -1,10 +1,10 @@
-"""Write the tables of the model cards: python tools/make_tables.py [--check]."""
+"""Write the tables of the README and the model cards: python tools/make_tables.py [--check]."""
 
 import argparse
 import sys
 from pathlib import Path
 
-from visionattn.analysis import cards
+from visionattn.analysis import cards, performance
 
 ROOT = Path(__file__).parents[1]
 
@@ -15,6 +15,9 @@ def main() -> int:
     args = parser.parse_args()
     tables = cards.Tables(ROOT)
     stale = {card.path: text for card in cards.read(ROOT) if (text := tables.render(card)) != card.text}
+    readme = ROOT / "README.md"
+    if (text := performance.render(ROOT, readme.read_text())) != readme.read_text():
+        stale[readme] = text
     for path, text in stale.items():
         print(f"{'out of date' if args.check else 'wrote'}: {path.relative_to(ROOT)}")
         if not args.check:
