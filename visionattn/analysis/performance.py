@@ -46,8 +46,8 @@ def operators(root: Path) -> Iterator[str]:
             yield f"| {' | '.join(cells)} |"
         yield ""
         yield f"{_where(data)}. Rows: `{path.relative_to(root)}`, by `python tools/benchmark.py ops`."
-        yield "Ratios are medians of interleaved rounds, the smallest and the largest over the shapes that models use at 224"
-        yield "pixels and in detection. Memory is what a call holds beyond its inputs."
+        yield "Ratios are medians of interleaved rounds, the smallest and the largest over the shapes that models have at"
+        yield "224 pixels and in detection. Memory is what a call holds beyond its inputs."
     if not any((root / name).exists() for name in GPUS):
         yield ""
         yield "On a GPU: not run yet. `python tools/benchmark.py ops --device cuda --out benchmarks/h100.json` checks"
