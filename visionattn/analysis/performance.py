@@ -46,7 +46,7 @@ def operators(root: Path) -> Iterator[str]:
             yield f"| {' | '.join(cells)} |"
         yield ""
         yield f"{_where(data)}. Rows: `{path.relative_to(root)}`, by `python tools/benchmark.py ops`."
-        yield "Ratios are medians of interleaved rounds, the smallest and the largest over the shapes that models have at"
+        yield "Ratios are medians of interleaved rounds: the smallest and the largest over the shapes of the models at"
         yield "224 pixels and in detection. Memory is what a call holds beyond its inputs."
     if not any((root / name).exists() for name in GPUS):
         yield ""
