@@ -3,13 +3,13 @@
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from visionattn.analysis import flops
+from visionattn.analysis import dense_flops, flops
 
 SIZES, DETECTORS = "benchmarks/flops.json", "benchmarks/flops_dense.json"
 PARITY = "benchmarks/parity.json"
@@ -36,6 +36,11 @@ class Card:
         """What the authors report of each variant: ``model``, and if it is not the default, ``size`` and ``kwargs``."""
         return self.front["variants"]
 
+    @property
+    def results(self) -> list[dict[str, Any]]:
+        """What the authors report of detectors and segmenters: ``config`` and figures."""
+        return self.front.get("dense", {}).get("results", [])
+
 
 def read(root: Path) -> list[Card]:
     """Read all cards of the repository at ``root``, by name.
@@ -58,6 +63,20 @@ def counted(root: Path) -> Iterator[flops.Row]:
     for card in read(root):
         for variant in card.variants:
             yield count(variant)
+
+
+def counted_configs(root: Path) -> Iterator[flops.Row]:
+    """Count every detector and segmenter of every card on the meta device."""
+    for card in read(root):
+        for result in card.results:
+            yield count_config(root, result)
+
+
+def count_config(root: Path, result: Mapping[str, Any]) -> flops.Row:
+    """Count one detector or segmenter of a card."""
+    path = f"configs/{result['config']}.py"
+    size = tuple(result["size"]) if "size" in result else None
+    return replace(dense_flops.count_config(root / path, size), model=path)
 
 
 def count(variant: Mapping[str, Any]) -> flops.Row:
@@ -83,7 +102,8 @@ class Tables:
         self.root = root
         self.sizes = {_key(row): row for row in json.loads((root / SIZES).read_text())}
         self.parity = json.loads((root / PARITY).read_text())
-        self.detectors = {row["model"]: row for row in json.loads((root / DETECTORS).read_text())}
+        rows = json.loads((root / DETECTORS).read_text())
+        self.detectors = {(row["model"], tuple(row["size"])): row for row in rows}
         files = [root / name for name in MODEL_SPEED]
         self.speed = [(f.name, json.loads(f.read_text())) for f in files if f.exists()]
 
@@ -105,21 +125,26 @@ class Tables:
         size = [variant["size"]] * 2 if "size" in variant else list(native)
         return self.sizes[_key({"model": variant["model"], "kwargs": variant.get("kwargs", {}), "size": size})]
 
+    def detector(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the committed count of a detector or segmenter.
+
+        Raises:
+            KeyError: it was not counted.
+        """
+        path = f"configs/{result['config']}.py"
+        return self.detectors[path, tuple(result.get("size", flops.DENSE_SIZES[path.split("/")[1]]))]
+
     def _variants(self, front: dict[str, Any]) -> Iterator[str]:
         yield "| model | image | params M, counted | published | GMACs, counted | published | top-1 %, reported |"
         yield "|---|---|---|---|---|---|---|"
-        notes: dict[str, int] = {}
+        notes = _Notes(front)
         for v in front["variants"]:
             row = self.size(v)
             name = f"`{v['model']}`" + "".join(f", `{k}={value}`" for k, value in v.get("kwargs", {}).items())
             cells = [name, f"{row['size'][0]} x {row['size'][1]}"]
             for what, unit in (("params", 1e6), ("macs", 1e9)):
-                value, published = row[what] / unit, v.get(what)
-                mark = ""
-                if published is not None and not agrees(value, published):
-                    mark = f" [{notes.setdefault(_why(front, v, what), len(notes) + 1)}]"
-                counted = f"{value:.3f}" if value < 1 else f"{value:.2f}"
-                cells += [counted, "not recorded" if published is None else f"{published}{mark}"]
+                value = row[what] / unit
+                cells += [f"{value:.3f}" if value < 1 else f"{value:.2f}", notes.published(v, what, value)]
             top1 = v.get("top1")
             cells.append(
                 "not recorded" if top1 is None else f"{top1}" + (f", {v['weights']}" if "weights" in v else "")
@@ -128,28 +153,32 @@ class Tables:
         yield ""
         yield f"Published and reported by: {front['reported']['from']} ({front['reported']['set']}). Counted by"
         yield "`python tools/flops.py cards`: multiply-adds of convolutions, matrix products and attention."
-        for why, number in notes.items():
-            yield ""
-            yield f"[{number}] {why[0].upper()}{why[1:]}."
+        yield from notes.lines()
 
     def _dense(self, front: dict[str, Any]) -> Iterator[str]:
-        rows = front.get("dense", {}).get("results")
-        if not rows:
+        dense = front.get("dense")
+        if dense is None:
             yield "Results of the authors: not recorded."
             return
-        yield "| config | box AP | mask AP | mIoU % | params M, counted | published | GMACs, counted | published |"
-        yield "|---|---|---|---|---|---|---|---|"
-        for r in rows:
-            path = f"configs/{r['config']}.py"
-            row = self.detectors[path]
-            cells = [f"[{path.rpartition('/')[2][:-3]}](../{path})"]
+        yield "| config | box AP | mask AP | mIoU % | image | params M, counted | published | GMACs | published |"
+        yield "|---|---|---|---|---|---|---|---|---|"
+        notes = _Notes(dense)
+        for r in dense["results"]:
+            row = self.detector(r)
+            params, macs = row["params"] / 1e6, row["macs"] / 1e9
+            cells = [f"[{r['config'].rpartition('/')[2]}](../configs/{r['config']}.py)"]
             cells += [str(r.get(k, "")) for k in ("box_ap", "mask_ap", "miou")]
-            for what, unit, form in (("params", 1e6, ".1f"), ("macs", 1e9, ".0f")):
-                cells += [format(row[what] / unit, form), str(r.get(what, "not recorded"))]
+            cells += [
+                f"{row['size'][0]} x {row['size'][1]}",
+                f"{params:.1f}",
+                notes.published(r, "params", params, 0.01),
+            ]
+            cells += [f"{macs:.0f}" if macs else "not counted", notes.published(r, "macs", macs)]
             yield f"| {' | '.join(cells)} |"
         yield ""
-        yield f"Reported by: {front['dense']['from']}. AP is on COCO val2017, mIoU at one scale on ADE20K val; none is"
-        yield "measured here. Counted by `python tools/flops.py configs`: 800 x 1280 for COCO, 512 x 2048 for ADE20K."
+        yield f"Reported by: {dense['from']}. AP is on COCO val2017, mIoU at one scale on ADE20K val; none is measured"
+        yield "here. Counted by `python tools/flops.py configs`."
+        yield from notes.lines()
 
     def _parity(self, front: dict[str, Any]) -> Iterator[str]:
         yield "| recording of the authors' code | model | inputs | outputs, worst error | gradient norms, worst error |"
@@ -188,13 +217,39 @@ class Tables:
             yield "Not measured."
 
 
-def _why(front: Mapping[str, Any], variant: Mapping[str, Any], what: str) -> str:
-    """Return why a count differs from what was published; a card must say so."""
-    key = f"why_{what}"
-    why = variant.get(key, front.get(key))
-    if why is None:
-        raise ValueError(f"{variant['model']}: counted and published {what} differ, and the card has no {key}")
-    return str(why).strip().rstrip(".")
+class _Notes:
+    """Numbered reasons why counts differ from what was published, under a table.
+
+    Args:
+        section: Front matter that holds reasons for all entries: ``why_params``, ``why_macs``.
+    """
+
+    def __init__(self, section: Mapping[str, Any]) -> None:
+        self.section = section
+        self.numbers: dict[str, int] = {}
+
+    def published(self, entry: Mapping[str, Any], what: str, counted: float, tolerance: float = 0.02) -> str:
+        """Return the published figure, with the number of a reason if it differs from the count.
+
+        Raises:
+            ValueError: they differ, and the card does not say why.
+        """
+        figure = entry.get(what)
+        if figure is None:
+            return "not recorded"
+        if agrees(counted, figure, tolerance):
+            return str(figure)
+        why = entry.get(f"why_{what}", self.section.get(f"why_{what}"))
+        if why is None:
+            name = entry.get("model") or entry["config"]
+            raise ValueError(f"{name}: counted and published {what} differ, and the card has no why_{what}")
+        return f"{figure} [{self.numbers.setdefault(str(why).strip().rstrip('.'), len(self.numbers) + 1)}]"
+
+    def lines(self) -> Iterator[str]:
+        """The reasons."""
+        for why, number in self.numbers.items():
+            yield ""
+            yield f"[{number}] {why[0].upper()}{why[1:]}."
 
 
 def _key(row: Mapping[str, Any]) -> str:

@@ -22,6 +22,9 @@ from visionattn.ops import OPERATORS, use_impl
 
 Size = tuple[int, int]
 
+# The papers' sizes of images for whole detectors and segmenters, by the folder of configs.
+DENSE_SIZES: dict[str, Size] = {"coco": (800, 1280), "ade20k": (512, 2048)}
+
 # Hosted by timm, with this library's operators inside: `visionattn.fuse`.
 TIMM_HOSTED = (
     *(f"maxvit_{size}_tf_224" for size in ("tiny", "small", "base", "large")),

@@ -1,0 +1,19 @@
+"""UPerNet with DaViT-S, 160 000 iterations of ADE20K.
+
+Reported in the paper and its repository: mIoU 48.8 (not measured here).
+The authors publish the config of DaViT-T; this is that one at another size.
+To start from ImageNet weights: --cfg-options model.backbone.pretrained=<file>
+"""
+
+_base_ = [
+    "../_base_/segmentation.py",
+    "../_base_/models/upernet.py",
+    "../_base_/datasets/ade20k.py",
+    "../_base_/schedules/ade20k_upernet_160k.py",
+]
+
+model = dict(
+    backbone=dict(name="davit_small", drop_path_rate=0.3),
+    decode_head=dict(in_channels=[96, 192, 384, 768]),
+    auxiliary_head=dict(in_channels=384),
+)

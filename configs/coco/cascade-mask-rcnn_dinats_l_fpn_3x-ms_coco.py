@@ -1,0 +1,22 @@
+"""Cascade Mask R-CNN with DiNAT_s-L, 36 epochs of COCO, multi-scale.
+
+Reported in the paper and its repository: box AP 54.8, mask AP 47.2 (not measured here).
+It starts from weights of ImageNet-22K.
+The authors train in mixed precision: --amp.
+To start from ImageNet weights: --cfg-options model.backbone.pretrained=<file>
+"""
+
+_base_ = [
+    "../_base_/detection.py",
+    "../_base_/models/cascade_mask_rcnn.py",
+    "../_base_/datasets/coco_instance_ms.py",
+    "../_base_/schedules/coco_3x.py",
+]
+
+model = dict(
+    backbone=dict(name="dinats_l", drop_path_rate=0.6, dilations=((1, 28), (1, 14), (1, 3, 1, 5, 1, 7), (1, 3))),
+    neck=dict(in_channels=[192, 384, 768, 1536]),
+)
+optim_wrapper = dict(
+    optimizer=dict(lr=5e-5), paramwise_cfg=dict(custom_keys={"rpb": dict(decay_mult=0.0), "norm": dict(decay_mult=0.0)})
+)

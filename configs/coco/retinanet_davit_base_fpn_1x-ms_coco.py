@@ -1,0 +1,15 @@
+"""RetinaNet with DaViT-B, 12 epochs of COCO, multi-scale.
+
+Reported in the paper and its repository: box AP 46.7 (not measured here).
+The authors publish the config of DaViT-T; this is that one at another size.
+To start from ImageNet weights: --cfg-options model.backbone.pretrained=<file>
+"""
+
+_base_ = [
+    "../_base_/detection.py",
+    "../_base_/models/retinanet.py",
+    "../_base_/datasets/coco_detection_ms.py",
+    "../_base_/schedules/coco_1x.py",
+]
+
+model = dict(backbone=dict(name="davit_base", drop_path_rate=0.1), neck=dict(in_channels=[256, 512, 1024]))
