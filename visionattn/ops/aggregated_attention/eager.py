@@ -16,7 +16,7 @@ from torch import Tensor
 from visionattn.ops._dispatch import exporting
 from visionattn.ops._tiles import tiles
 
-CHUNK_BYTES = {"cpu": 2**22}  # of weights in a chunk: within a last-level cache, and few enough chunks
+CHUNK_BYTES = {"cpu": 2**23}  # of weights in a chunk: within a last-level cache, and few enough chunks
 CHUNK_BYTES_ELSEWHERE = 2**28
 
 
@@ -77,10 +77,9 @@ class _Window:
         steps = range(-r, r + 1)
         self.offsets = [self.margin + y * self.W + x for y in steps for x in steps]
 
-    def plane(self, x: Tensor, copy: bool = False) -> Tensor:
+    def plane(self, x: Tensor) -> Tensor:
         """``(B, h, H, W, d)`` to contiguous ``(B, h, d, N)``."""
-        x = x.flatten(2, 3).transpose(2, 3)
-        return x.to(self.dtype, copy=copy, memory_format=torch.contiguous_format).contiguous()
+        return x.flatten(2, 3).transpose(2, 3).to(self.dtype).contiguous()
 
     def padded(self, x: Tensor) -> Tensor:
         """As `plane`, with a margin of zeros as wide as the farthest neighbour at both ends."""
@@ -241,7 +240,8 @@ def _local_weights(window: _Window, attn: Tensor, extra: Tensor | None) -> Tenso
     """What the window's values are multiplied by: ``(B, h, cells, N)``, zero outside the map."""
     if extra is None:
         return attn
-    return window.fill_outside(window.plane(extra, copy=True), 0.0).add_(attn)
+    x = extra.flatten(2, 3).transpose(2, 3)
+    return window.fill_outside(torch.add(attn, x, out=torch.empty_like(attn)), 0.0)
 
 
 @torch.library.impl("visionattn::aggregated_attention_chunked_backward", "default")
