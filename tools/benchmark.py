@@ -31,10 +31,10 @@ def main() -> None:
     models.add_argument("--batch", type=int, nargs="+", default=[1], help="batch sizes")
     models.add_argument("--compile", action="store_true", help="through torch.compile as well")
     models.add_argument("--train", action="store_true", help="forward and backward as well")
-    text = "on the CPU: HiLo against its rivals, SHViT against MobileViTv2, Agent against softmax at growing size"
+    text = "HiLo against its rivals, SHViT against MobileViTv2, Agent and InfViT against softmax at growing size"
     compared = commands.add_parser("compare", help=text, parents=[shared])
     compared.add_argument("what", choices=list(compare.COMPARISONS))
-    compared.add_argument("--size", type=int, nargs="+", help="sides of the maps; for shvit, of the images")
+    compared.add_argument("--size", type=int, nargs="+", help="sides of the maps; for shvit and infvit, of the images")
     args = parser.parse_args()
     where = bench.machine(args.device)
     if args.device == "cuda":
@@ -91,8 +91,11 @@ def _models(args: argparse.Namespace) -> Iterator[bench.Row]:
 
 
 def _compare(args: argparse.Namespace) -> Iterator[bench.Row]:
+    if args.what == "infvit":
+        yield from compare.infvit(args.size or [1024], device=args.device, dtype=args.dtype, rounds=args.rounds)
+        return
     if (args.device, args.dtype) != ("cpu", "fp32"):
-        raise ValueError("comparisons are measured on the CPU, in fp32")
+        raise ValueError("of the comparisons, only infvit is measured on a GPU or in half precision")
     if args.what == "shvit":
         for size in args.size or [256]:
             yield from compare.shvit(size=size, rounds=args.rounds)

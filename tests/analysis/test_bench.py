@@ -72,6 +72,12 @@ def test_comparisons_race_every_rival() -> None:
     assert [(r.contestant, r.shape) for r in rows[1::2]] == [("agent", "4 tokens"), ("agent", "9 tokens")]
 
 
+def test_infvit_is_compared_with_softmax_fused_and_not() -> None:
+    rows = list(compare.infvit([32], rounds=1, dim=32, depth=1, num_heads=2))
+    assert [r.contestant for r in rows] == ["softmax, unfused", "softmax, fused", "InfViT, linear", "InfViT, pure"]
+    assert rows[0].shape == "32x32, batch 1"
+
+
 @pytest.mark.slow
 def test_models_are_compared_eager_and_exported() -> None:
     rows = list(compare.shvit("shvit_s1", "test_efficientnet", size=64, batches=[1], rounds=1))

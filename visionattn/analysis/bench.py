@@ -272,6 +272,16 @@ def _call(run: Run, tensors: Sequence[Tensor], direction: str) -> Callable[[], o
     return both
 
 
+def fits(run: Callable[..., object], *tensors: Tensor) -> bool:
+    """Whether the device's memory suffices for one call, without gradients."""
+    try:
+        with torch.no_grad():
+            run(*tensors)
+    except torch.OutOfMemoryError:
+        return False
+    return True
+
+
 def seconds(call: Callable[[], object], device: str, at_least: float = 0.02) -> float:
     """Return the time of one call: the mean over enough calls to fill ``at_least`` seconds.
 

@@ -3,6 +3,7 @@
 Unlike the contestants of `visionattn.analysis.bench`, these do not compute the same thing: rows tell time alone.
 """
 
+import copy
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any
 
 import timm
 import torch
+from timm.models import VisionTransformer
 from timm.models.pvt_v2 import Attention as SpatialReduction
 from torch import Tensor, nn
 
 from visionattn import fuse
-from visionattn.analysis.bench import Row, check_close, race
+from visionattn.analysis.bench import DTYPES, Row, check_close, fits, race
 from visionattn.layers.attention.agent import AgentAttention
 from visionattn.layers.attention.hilo import HiLoAttention
 from visionattn.layers.attention.softmax import SoftmaxAttention
@@ -109,6 +111,39 @@ def shvit(
         yield from _race(exported, x, f"{name} against {rival}", f"{where}, ONNX Runtime", rounds)
 
 
+def infvit(
+    sides: Sequence[int] = (1024,), *, device: str = "cpu", dtype: str = "fp32", rounds: int = 3, **arch: Any
+) -> Iterator[Row]:
+    """Race InfViT-4L, linear and pure, against the softmax ViT of equal depth and width, on images of growing size.
+
+    The paper's baseline holds the N x N matrix, here ``"softmax, unfused"``; ``"softmax, fused"`` is what PyTorch does
+    today. Contestants that the device's memory is too small for are left out of a race.
+
+    Args:
+        sides: Of the images, multiples of 16.
+        device: ``"cpu"`` or ``"cuda"``.
+        dtype: A key of `visionattn.analysis.bench.DTYPES`.
+        rounds: Times that each contestant is measured, in turn.
+        **arch: ``dim``, ``depth`` and ``num_heads``, if they are not InfViT-4L's.
+    """
+    arch = {"dim": 1024, "depth": 4, "num_heads": 16} | arch
+    for side in sides:
+        softmax = VisionTransformer(
+            img_size=side, embed_dim=arch["dim"], depth=arch["depth"], num_heads=arch["num_heads"]
+        )
+        unfused = copy.deepcopy(softmax)
+        for block in unfused.blocks:
+            block.attn.fused_attn = False
+        contestants: dict[str, nn.Module] = {"softmax, unfused": unfused, "softmax, fused": softmax}
+        for form in ("linear", "pure"):
+            contestants[f"InfViT, {form}"] = timm.create_model(f"infvit_4l_{form}", img_size=side, **arch)
+        x = randn(1, 3, side, side).to(device, DTYPES[dtype])
+        able = {key: model.eval().to(device, DTYPES[dtype]) for key, model in contestants.items()}
+        able = {key: model for key, model in able.items() if fits(model, x)}
+        subject, shape = "InfViT-4L against softmax", f"{side}x{side}, batch 1"
+        yield from _race(able, x, subject, shape, rounds, device=device, dtype=dtype)
+
+
 def _onnx_session(model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
     """Export a model for inputs like ``x`` and load it with ONNX Runtime's defaults but for the number of threads."""
     try:
@@ -133,7 +168,14 @@ def _onnx_session(model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _race(
-    contestants: Mapping[str, Callable[[Tensor], Tensor]], x: Tensor, subject: str, shape: str, rounds: int
+    contestants: Mapping[str, Callable[[Tensor], Tensor]],
+    x: Tensor,
+    subject: str,
+    shape: str,
+    rounds: int,
+    *,
+    device: str = "cpu",
+    dtype: str = "fp32",
 ) -> list[Row]:
     def call(run: Callable[[Tensor], Tensor]) -> Callable[[], object]:
         def forward() -> object:
@@ -142,8 +184,8 @@ def _race(
 
         return forward
 
-    what: dict[str, Any] = {"subject": subject, "shape": shape, "direction": "forward", "dtype": "fp32"}
-    return race({name: call(run) for name, run in contestants.items()}, what, "cpu", rounds)
+    what: dict[str, Any] = {"subject": subject, "shape": shape, "direction": "forward", "dtype": dtype}
+    return race({name: call(run) for name, run in contestants.items()}, what, device, rounds)
 
 
-COMPARISONS: dict[str, Callable[..., Iterator[Row]]] = {"hilo": hilo, "shvit": shvit, "agent": agent}
+COMPARISONS: dict[str, Callable[..., Iterator[Row]]] = {"hilo": hilo, "shvit": shvit, "agent": agent, "infvit": infvit}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from visionattn.analysis.bench import DIRECTIONS, DTYPES, Case, Row, Run, measure, seconds
+from visionattn.analysis.bench import DIRECTIONS, DTYPES, Case, Row, Run, fits, measure, seconds
 from visionattn.ops import UnsupportedError, use_impl
 from visionattn.ops._dispatch import missing
 from visionattn.testing import assert_within_budget, value_and_grads
@@ -99,7 +99,7 @@ def race(case: Case, *, device: str, dtype: str, rounds: int, note: Callable[[st
             note(f"{case.operator}, {case.shape}, {dtype}: {impl} left out: {why}")
     contestants["reference, compiled"] = compiled_reference(case.run)
     for name, run in list(contestants.items()):
-        if not _fits(run, tensors):
+        if not fits(run, *tensors):
             note(f"{case.operator}, {case.shape}, {dtype}: {name} left out: the device's memory is too small for it")
             del contestants[name]
     moved = {direction: work(case, tensors, direction) for direction in DIRECTIONS}
@@ -112,14 +112,6 @@ def race(case: Case, *, device: str, dtype: str, rounds: int, note: Callable[[st
         )
         for row in rows
     ]
-
-
-def _fits(run: Run, tensors: Sequence[Tensor]) -> bool:
-    try:
-        run(*tensors)
-    except torch.OutOfMemoryError:
-        return False
-    return True
 
 
 def repeated(case: Case, elements: int = ELEMENTS) -> Case:
