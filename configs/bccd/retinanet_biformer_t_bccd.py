@@ -5,8 +5,8 @@ default_scope = "mmdet"
 
 data_root = "data/bccd/"
 classes = ("Platelets", "RBC", "WBC")
-image_scale = (256, 192)  # width, height; the images are 640 x 480
-epochs = 8
+image_scale = (192, 144)  # width, height; the images are 640 x 480
+epochs = 5
 
 model = dict(
     type="RetinaNet",
@@ -29,7 +29,7 @@ model = dict(
         stacked_convs=2,
         norm_cfg=dict(type="GN", num_groups=16),
         anchor_generator=dict(
-            type="AnchorGenerator", octave_base_scale=2.5, scales_per_octave=3, ratios=[1.0], strides=[8, 16, 32]
+            type="AnchorGenerator", octave_base_scale=2, scales_per_octave=3, ratios=[1.0], strides=[8, 16, 32]
         ),
         bbox_coder=dict(type="DeltaXYWHBBoxCoder", target_means=[0.0] * 4, target_stds=[1.0] * 4),
         loss_cls=dict(type="FocalLoss", use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=1.0),
@@ -94,12 +94,12 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type="CocoMetric", ann_file=data_root + "val.json", metric="bbox", classwise=True)
 test_evaluator = val_evaluator
 
-train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=epochs, val_interval=2)
+train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=epochs, val_interval=1)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 optim_wrapper = dict(
     type="OptimWrapper",
-    optimizer=dict(type="AdamW", lr=3e-4, weight_decay=0.05),
+    optimizer=dict(type="AdamW", lr=4e-4, weight_decay=0.05),
     paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0),
     clip_grad=dict(max_norm=5.0),
 )

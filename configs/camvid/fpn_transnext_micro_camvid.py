@@ -12,12 +12,10 @@ palette = [
     *([128, 128, 128], [128, 0, 0], [192, 192, 128], [128, 64, 128], [60, 40, 222], [128, 128, 0]),
     *([192, 128, 128], [64, 64, 128], [64, 0, 128], [64, 64, 0], [0, 128, 192]),
 ]
-# The classes' shares of the training pixels to the power of -0.3, 1 on average.
-class_weight = [0.56, 0.51, 1.31, 0.46, 0.83, 0.66, 1.25, 1.26, 0.77, 1.49, 1.89]
 void = 11  # the label of pixels that do not count
-image_scale = (240, 180)  # width, height; the images are 480 x 360
-crop_size = (128, 176)  # height, width
-epochs = 14
+image_scale = (160, 120)  # width, height; the images are 480 x 360
+crop_size = (120, 160)  # height, width
+epochs = 24
 
 model = dict(
     type="EncoderDecoder",
@@ -43,7 +41,7 @@ model = dict(
         ignore_index=void,
         norm_cfg=dict(type="BN"),
         align_corners=False,
-        loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, class_weight=class_weight),
+        loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False),
     ),
     train_cfg=dict(),
     test_cfg=dict(mode="whole"),
@@ -52,7 +50,7 @@ model = dict(
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations"),
-    dict(type="RandomResize", scale=image_scale, ratio_range=(0.75, 1.5), keep_ratio=True),
+    dict(type="RandomResize", scale=image_scale, ratio_range=(1.0, 1.4), keep_ratio=True),
     dict(type="RandomCrop", crop_size=crop_size, cat_max_ratio=0.75, ignore_index=void),
     dict(type="RandomFlip", prob=0.5),
     dict(type="PhotoMetricDistortion"),
@@ -65,7 +63,7 @@ test_pipeline = [
     dict(type="PackSegInputs"),
 ]
 train_dataloader = dict(
-    batch_size=4,
+    batch_size=8,
     num_workers=1,
     persistent_workers=True,
     sampler=dict(type="DefaultSampler", shuffle=True),
@@ -97,12 +95,12 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"], ignore_index=void)
 test_evaluator = val_evaluator
 
-train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=epochs, val_interval=3)
+train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=epochs, val_interval=4)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 optim_wrapper = dict(
     type="OptimWrapper",
-    optimizer=dict(type="AdamW", lr=5e-4, weight_decay=0.05),
+    optimizer=dict(type="AdamW", lr=8e-4, weight_decay=0.05),
     paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0),
     clip_grad=dict(max_norm=5.0),
 )

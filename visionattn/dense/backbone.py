@@ -151,6 +151,10 @@ class Backbone(nn.Module):
         if isinstance(self.pretrained, (str, Path)):
             load_backbone(self, self.pretrained)
 
+    def undecayed(self) -> set[str]:
+        """Return the names of the model's parameters that weight decay leaves out, besides 1-D ones."""
+        return set(getattr(self.model, "no_weight_decay", set)())
+
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return the maps ``(B, C, H / stride, W / stride)``, rounded up or down as the family does, of images."""
         size = x.shape[2:]

@@ -53,14 +53,12 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         """Return parameter groups: ``params``, ``lr``, ``weight_decay`` and ``param_names``."""
         decay = self.paramwise_cfg["layer_decay"]
         base_wd = self.base_wd or 0.0
-        backbones = {n: m for n, m in model.named_modules() if isinstance(m, Backbone)}
+        backbones = [m for m in model.modules() if isinstance(m, Backbone)]
         if not backbones:
             raise BackboneError("layer-wise decay needs a model with type='visionattn.Backbone' in it, found none")
         scales: dict[int, tuple[float, float]] = {}  # of learning rate and weight decay, by parameter
-        for backbone in backbones.values():
-            for group in param_groups_layer_decay(
-                backbone.model, base_wd, backbone.model.no_weight_decay(), layer_decay=decay
-            ):
+        for backbone in backbones:
+            for group in param_groups_layer_decay(backbone.model, base_wd, backbone.undecayed(), layer_decay=decay):
                 # In timm the classifier is the layer behind the last block; it was taken off.
                 scale = (group["lr_scale"] * decay, 1.0 if group["weight_decay"] or not base_wd else 0.0)
                 scales.update({id(p): scale for p in group["params"]})

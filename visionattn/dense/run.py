@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from visionattn.dense.datasets import check_config
 from visionattn.dense.errors import ConfigError, WeightsError
 from visionattn.extras import require
-from visionattn.models._checkpoint import CheckpointError, misfits, read_checkpoint
+from visionattn.models._checkpoint import WRAPPERS, CheckpointError, misfits, read_checkpoint
 
 Launcher = Literal["none", "pytorch", "slurm", "mpi"]
 
@@ -60,7 +60,7 @@ def load_config(
     if not torch.cuda.is_available():
         cfg.setdefault("env_cfg", {}).setdefault("dist_cfg", {})["backend"] = "gloo"
     name = {"mmdet": "DetLocalVisualizer", "mmseg": "SegLocalVisualizer"}[scope]
-    cfg.setdefault("visualizer", {"type": name, "name": "visualizer"})
+    cfg.setdefault("visualizer", {"type": name})
     writers = cfg.visualizer.setdefault("vis_backends", [{"type": "LocalVisBackend"}])
     if not any(writer["type"] == "TensorboardVisBackend" for writer in writers):
         cfg.visualizer.vis_backends = [*writers, {"type": "TensorboardVisBackend"}]
@@ -151,10 +151,11 @@ def read_run(path: str | Path) -> dict[str, Tensor]:
         data = read_checkpoint(path)
     except (FileNotFoundError, CheckpointError) as error:
         raise WeightsError(str(error)) from error
-    if isinstance(data, Mapping) and isinstance(data.get("meta"), Mapping) and "config" in data["meta"]:
+    if not isinstance(data, Mapping):
+        raise WeightsError(f"{path} holds a {type(data).__name__}, expected what tools/train_dense.py writes")
+    if isinstance(data.get("meta"), Mapping) and "config" in data["meta"]:
         raise WeightsError(f"{path} holds a configuration in meta['config'], which mmengine would execute")
-    if isinstance(data, Mapping) and isinstance(data.get("state_dict"), Mapping):
-        data = data["state_dict"]
+    data = next((data[key] for key in WRAPPERS if isinstance(data.get(key), Mapping)), data)
     state = {k.removeprefix("module."): v for k, v in data.items() if isinstance(v, Tensor)}
     if not state:
         raise WeightsError(f"{path} holds no weights: expected what tools/train_dense.py writes")

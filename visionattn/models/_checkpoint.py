@@ -65,8 +65,30 @@ class _Config:
         return collections.OrderedDict()
 
 
-# What training scripts keep beside the weights.
-_HARMLESS: tuple[Any, ...] = (argparse.Namespace, (_Config, "yacs.config.CfgNode"))
+class _Ignored:
+    """Stands in for what a weight file holds besides weights and is of no use here: logged values, scores."""
+
+    def __new__(cls, *_: Any) -> "_Ignored":
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+# What training scripts keep beside the weights: arguments, configurations, mmengine's logs, numpy's numbers.
+_HARMLESS: tuple[Any, ...] = (
+    argparse.Namespace,
+    (_Config, "yacs.config.CfgNode"),
+    (_Ignored, "mmengine.logging.history_buffer.HistoryBuffer"),
+    (_Ignored, "builtins.getattr"),
+    (_Ignored, "numpy.ndarray"),
+    (_Ignored, "numpy.dtype"),
+    *(
+        (_Ignored, f"numpy.{core}.multiarray.{name}")
+        for core in ("core", "_core")
+        for name in ("scalar", "_reconstruct")
+    ),
+)
 
 
 def rename(state: StateDict, rules: Rules) -> StateDict:
