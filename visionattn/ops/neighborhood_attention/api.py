@@ -4,9 +4,9 @@ from torch import Tensor
 
 from visionattn.ops._check import check_maps
 from visionattn.ops._dispatch import Impl, choose
-from visionattn.ops.neighborhood_attention import eager, natten, reference
+from visionattn.ops.neighborhood_attention import eager, natten, reference, triton
 
-IMPLS = {"natten": natten, "eager": eager, "reference": reference}
+IMPLS = {"natten": natten, "triton": triton, "eager": eager, "reference": reference}
 
 
 def neighborhood_attention(
