@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 EXTRAS := train,dense,export,dev
 
-.PHONY: help setup demo test quick check format clean
+.PHONY: help setup demo test quick check tables format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -40,6 +40,9 @@ test: check  ## everything: checks and the whole test suite
 
 quick: check  ## the checks and the tests that take seconds
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+
+tables: setup  ## write the tables of the model cards from what was measured and counted
+	$(BIN)/python tools/make_tables.py
 
 format: setup  ## format and apply the safe fixes
 	$(BIN)/ruff format .
