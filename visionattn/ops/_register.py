@@ -55,7 +55,8 @@ def differentiable(
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             outputs = output if isinstance(output, tuple) else (output,)
-            ctx.mark_non_differentiable(*outputs[1:])
+            if len(outputs) > 1:  # Dynamo takes a call without arguments for one about a tuple
+                ctx.mark_non_differentiable(*outputs[1:])
             ctx.save_for_backward(*(inputs[i] for i in tensors), *(outputs[i] for i in save))
             ctx.options = [None if i in tensors else x for i, x in enumerate(inputs)]
 

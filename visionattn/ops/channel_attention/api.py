@@ -4,9 +4,9 @@ from torch import Tensor
 
 from visionattn.ops._check import check_tokens
 from visionattn.ops._dispatch import Impl, choose
-from visionattn.ops.channel_attention import eager, reference
+from visionattn.ops.channel_attention import eager, reference, triton
 
-IMPLS = {"eager": eager, "reference": reference}
+IMPLS = {"triton": triton, "eager": eager, "reference": reference}
 
 
 def channel_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, impl: Impl = "auto") -> Tensor:
