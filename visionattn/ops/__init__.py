@@ -10,6 +10,7 @@ from visionattn.ops.infinite_attention import infinite_attention
 from visionattn.ops.linear_attention import linear_attention
 from visionattn.ops.neighborhood_attention import neighborhood_attention
 from visionattn.ops.routed_attention import routed_attention, topk_regions
+from visionattn.ops.sigmoid_gate import sigmoid_gate
 from visionattn.ops.window_attention import window_attention
 
 # Folders of this package, each with its IMPLS.
@@ -23,6 +24,7 @@ OPERATORS = (
     "linear_attention",
     "neighborhood_attention",
     "routed_attention",
+    "sigmoid_gate",
     "window_attention",
 )
 
@@ -44,6 +46,7 @@ __all__ = [
     "routed_attention",
     "set_autotune",
     "set_impl",
+    "sigmoid_gate",
     "topk_regions",
     "use_impl",
     "window_attention",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visionattn.ops import Impl, clipped_softmax_attention
+from visionattn.ops import Impl, clipped_softmax_attention, sigmoid_gate
 
 Gate = Literal[
     "unconditional",
@@ -131,7 +131,7 @@ class GatedAttention(nn.Module):
         fine_tuning: Divide the gate by ``gate_init`` and start its weights near zero, so that the layer of a trained
             model without gates starts near what it was.
         clip: ``(gamma, zeta)`` of `visionattn.ops.clipped_softmax_attention`; plain softmax if None.
-        impl: Implementation of the operator.
+        impl: Implementation of the operators.
     """
 
     def __init__(
@@ -177,5 +177,5 @@ class GatedAttention(nn.Module):
             logits = self.gate(x)
             if self.average_gate:
                 logits = logits.mean(dim=1, keepdim=True)
-            y = y * (logits.sigmoid() * self.gate_scale)
+            y = sigmoid_gate(y, logits, scale=self.gate_scale, impl=self.impl)
         return self.proj(y.reshape(B, N, C))
