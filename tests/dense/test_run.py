@@ -147,6 +147,8 @@ def test_no_config_and_no_gpu(run: Run, tmp_path: Path, capsys: pytest.CaptureFi
     if not torch.cuda.is_available():
         assert run("train_dense.py", small_config("mmseg", tmp_path), "--amp") == 1
         assert "error: --amp needs a GPU" in capsys.readouterr().err
+        assert run("train_dense.py", tmp_path / "small.py", "--launcher", "pytorch") == 1
+        assert "error: --launcher pytorch needs a GPU a process" in capsys.readouterr().err
 
 
 def test_an_imagenet_file_is_no_detector(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

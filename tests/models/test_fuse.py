@@ -158,3 +158,13 @@ def test_batch_norms_fold_for_inference() -> None:
     fuse(model, fold_batchnorm=True)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
     assert relative_error(model(x), expected) < 1e-4
+
+
+def test_maxvit_takes_maps_that_windows_do_not_divide() -> None:
+    block = fuse(timm.create_model("maxvit_tiny_tf_224").eval()).stages[0].blocks[0].attn_block
+    x = torch.randn(2, 10, 12, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        y = block(x)
+        assert y.shape == x.shape
+        # Whole windows know nothing of the padding behind them.
+        torch.testing.assert_close(y[:, :7, :7], block(x[:, :7, :7]))

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,6 @@ from visionattn.dense.datasets import check_config
 from visionattn.dense.errors import ConfigError, WeightsError
 from visionattn.extras import require
 from visionattn.models._checkpoint import WRAPPERS, CheckpointError, misfits, read_checkpoint
-
-Launcher = Literal["none", "pytorch", "slurm", "mpi"]
 
 EXTRA = "visionattn[dense]"
 
@@ -57,8 +55,8 @@ def load_config(
         )
     cfg.work_dir = work_dir or cfg.get("work_dir") or f"output/{path.stem}"
     cfg.launcher = launcher
-    if not torch.cuda.is_available():
-        cfg.setdefault("env_cfg", {}).setdefault("dist_cfg", {})["backend"] = "gloo"
+    if launcher != "none" and not torch.cuda.is_available():
+        raise ConfigError(f"--launcher {launcher} needs a GPU a process: mmengine's does not start on the CPU")
     name = {"mmdet": "DetLocalVisualizer", "mmseg": "SegLocalVisualizer"}[scope]
     cfg.setdefault("visualizer", {"type": name})
     writers = cfg.visualizer.setdefault("vis_backends", [{"type": "LocalVisBackend"}])
