@@ -13,7 +13,7 @@ def main() -> None:
     arguments.add_argument("--show-dir", help="write pictures of all predictions there")
     args = arguments.parse_args()
     metrics = evaluate(load(args), args.checkpoint, show_dir=args.show_dir, check=not args.no_check)
-    print("  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    print("  ".join(f"{name} {value:.4g}" for name, value in metrics.items()) or "no metrics: nothing was predicted")
 
 
 if __name__ == "__main__":
