@@ -34,6 +34,18 @@ def block(size: int, least: int = 16) -> int:
     return max(least, triton.next_power_of_2(size))
 
 
+def split(groups: int, tokens: int) -> tuple[int, int]:
+    """Return how many programs share the tokens of each group, and how many tokens each of them takes.
+
+    The numbers depend on the shape alone, so that sums over the parts repeat exactly. Enough programs to fill a GPU,
+    and tokens enough for each that what it adds to the partial sums is little beside what it reads.
+    """
+    programs = min(max(groups * tokens // 1024, 256), 1024)
+    parts = max(min(programs // max(groups, 1), triton.cdiv(tokens, 128)), 1)
+    chunk = triton.cdiv(triton.cdiv(tokens, parts), 128) * 128
+    return triton.cdiv(tokens, max(chunk, 1)), chunk
+
+
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 # fp32 products: three passes of tensor cores on NVIDIA, whose error is fp32's; AMD's matrix units take fp32 as it is.
 FP32 = tl.constexpr("ieee" if torch.version.hip else "tf32x3")
