@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visionattn.ops import channel_attention, gated_positional_attention
+from visionattn.ops._crossovers import first_wins
 from visionattn.ops._dispatch import exporting
 from visionattn.ops.window_attention import window_attention
 
 _logger = logging.getLogger(__name__)
 
 Size = tuple[int, int]
-FUSED_TOKENS = 1024  # of SHViT's one head: below, transposing them costs a CPU more than the matrix of weights
+PRODUCTS_WIN = "SHViT's attention: tokens; two products, fused attention of transposed tokens"
 
 
 @dataclass(frozen=True)
@@ -277,7 +278,7 @@ class FusedPartitionAttention(PartitionAttentionCl):
 
 
 class FusedSHSA(SHSA):
-    """SHViT's single-head attention: from a thousand tokens on PyTorch's fused one, without the matrix of weights."""
+    """SHViT's single-head attention: on large maps PyTorch's fused one, without the matrix of weights."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix the first channels of the map ``(B, C, H, W)``."""
@@ -287,7 +288,7 @@ class FusedSHSA(SHSA):
         # computes wrong gradients of its weight for a batch of one whose gradient has a transposed layout.
         qkv = self.qkv(self.pre_norm(attended)).split([self.qk_dim, self.qk_dim, self.pdim], dim=1)
         q, k, v = (t.flatten(2) for t in qkv)  # 3 x (B, d, N)
-        if x.device.type == "cpu" and (exporting() or H * W < FUSED_TOKENS):
+        if exporting() or first_wins(PRODUCTS_WIN, H * W, x.device):
             attn = ((q * self.scale).transpose(1, 2) @ k).softmax(dim=-1)  # (B, N, N)
             y = v @ attn.transpose(1, 2)
         else:

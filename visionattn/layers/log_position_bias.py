@@ -41,23 +41,24 @@ class LogPositionBias(nn.Module):
         self._kept: dict[str, tuple[Any, Tensor]] = {}
 
     def forward(self, size: Size, pooled: Size) -> Tensor:
-        """Return the bias of every pair ``(heads, H * W, h * w)``, a transposed view, for a map and its pooled map."""
-        return self._keep("bias", (size, pooled), lambda: self._bias(size, pooled)).transpose(1, 2)
+        """Return the bias of every pair ``(heads, H * W, h * w)`` for a map and its pooled map."""
+        return self._keep("bias", (size, pooled), lambda: self._bias(size, pooled))
 
     def _bias(self, size: Size, pooled: Size) -> Tensor:
-        """``(heads, h * w, H * W)``: by planes, as the attention reads it."""
         made_for, made_pooled = self.bias_size or (size, pooled)
         y, x = (self._axis(n, p) for n, p in zip(made_for, made_pooled, strict=True))
         table = self._keep("table", (made_for, made_pooled), lambda: self._table(y[0], x[0]))  # (distances, heads)
-        index = y[1][:, None, :, None] * x[0].shape[0] + x[1][None, :, None, :]  # (h, w, H, W)
+        index = y[1][:, None, :, None] * x[0].shape[0] + x[1][None, :, None, :]  # (H, W, h, w)
         bias = table.t().index_select(1, index.flatten())
-        bias = bias.view(-1, pooled_tokens(made_pooled), pooled_tokens(made_for))
+        bias = bias.view(-1, pooled_tokens(made_for), pooled_tokens(made_pooled))
         if made_pooled != pooled:
-            bias = bias.transpose(1, 2).unflatten(2, made_pooled)
-            bias = F.interpolate(bias, pooled, mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
+            bias = F.interpolate(bias.unflatten(2, made_pooled), pooled, mode="bilinear", align_corners=False).flatten(
+                2
+            )
         if made_for != size:
-            bias = F.interpolate(bias.unflatten(2, made_for), size, mode="bilinear", align_corners=False).flatten(2)
-        return bias
+            bias = bias.transpose(1, 2).unflatten(2, made_for)
+            bias = F.interpolate(bias, size, mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
+        return bias.contiguous()  # the attention reads it row by row
 
     def _table(self, y: Tensor, x: Tensor) -> Tensor:
         """The MLP's output for every pair of distances ``(len(y) * len(x), heads)``."""
@@ -65,7 +66,7 @@ class LogPositionBias(nn.Module):
         return self.fc2(F.relu(self.fc1(rows), inplace=True))
 
     def _axis(self, size: int, pooled: int) -> tuple[Tensor, Tensor]:
-        """On one axis: the coordinates of all distances that occur, and the number of each pair's ``(pooled, size)``.
+        """On one axis: the coordinates of all distances that occur, and the number of each pair's ``(size, pooled)``.
 
         Distances are multiples of a half, of one where pooling cells are equally large: they are counted in halves.
         """
@@ -75,7 +76,7 @@ class LogPositionBias(nn.Module):
         keys = cell * size // pooled + ((cell + 1) * size + pooled - 1) // pooled - 1  # first + last token of a cell
         lowest = -((pooled - 1) * size // pooled + size - 1)
         highest = 2 * (size - 1) - ((size + pooled - 1) // pooled - 1)
-        index = (2 * torch.arange(size, device=device) - keys[:, None] - lowest) // step
+        index = (2 * torch.arange(size, device=device)[:, None] - keys - lowest) // step
         distances = torch.arange(lowest, highest + 1, step, device=device).to(torch.float32) / 2
         if self.fc1.weight.dtype == torch.float64:
             distances = distances.double()

@@ -83,7 +83,8 @@ class _Window:
 
     def padded(self, x: Tensor) -> Tensor:
         """As `plane`, with a margin of zeros as wide as the farthest neighbour at both ends."""
-        out = x.new_zeros(*x.shape[:2], x.shape[4], self.N + 2 * self.margin, dtype=self.dtype)
+        out = x.new_empty(*x.shape[:2], x.shape[4], self.N + 2 * self.margin, dtype=self.dtype)
+        out[..., : self.margin] = out[..., self.margin + self.N :] = 0
         self.inner(out).copy_(x.flatten(2, 3).transpose(2, 3))
         return out
 
@@ -223,8 +224,8 @@ def _forward_op(
     buffer = softmax.buffer()
     for chunk in softmax.chunks():
         attn = softmax.weights(chunk, softmax.rows(buffer, chunk))
-        pooled = torch.bmm(chunk.of(v_pool).transpose(1, 2), attn[..., window.cells :].transpose(1, 2))  # (G, dv, n)
-        chunk.of(out)[..., chunk.tokens] = pooled
+        pooled = chunk.of(out)[..., chunk.tokens]  # (G, dv, n)
+        torch.bmm(chunk.of(v_pool).transpose(1, 2), attn[..., window.cells :].transpose(1, 2), out=pooled)
     window.gather(out, _local_weights(window, softmax.local, extra), values)
     return window.map(out).to(v.dtype)
 
@@ -285,7 +286,7 @@ def _backward_op(
         else:
             dbias_pool[chunk.heads, at] += by_head
         chunk.of(dk_pool).baddbmm_(pooled.transpose(1, 2), chunk.of(queries)[..., at].transpose(1, 2))
-        chunk.of(dq)[..., at] = torch.bmm(chunk.of(softmax.k_pool).transpose(1, 2), pooled.transpose(1, 2))
+        torch.bmm(chunk.of(softmax.k_pool).transpose(1, 2), pooled.transpose(1, 2), out=chunk.of(dq)[..., at])
     dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
     window.scatter(grads, _local_weights(window, softmax.local, extra), dv)
     window.gather(dq, dlocal, keys)
