@@ -289,8 +289,8 @@ class FusedSHSA(SHSA):
         qkv = self.qkv(self.pre_norm(attended)).split([self.qk_dim, self.qk_dim, self.pdim], dim=1)
         q, k, v = (t.flatten(2) for t in qkv)  # 3 x (B, d, N)
         if exporting() or first_wins(PRODUCTS_WIN, H * W, x.device):
-            attn = ((q * self.scale).transpose(1, 2) @ k).softmax(dim=-1)  # (B, N, N)
-            y = v @ attn.transpose(1, 2)
+            logits = torch.baddbmm(q.new_zeros(1, 1, 1), q.transpose(1, 2), k, beta=0, alpha=self.scale)  # (B, N, N)
+            y = v @ logits.softmax(dim=-1).transpose(1, 2)
         else:
             q, k, v = (t.transpose(1, 2)[:, None] for t in (q, k, v))  # 3 x (B, 1, N, d)
             y = F.scaled_dot_product_attention(q, k, v, scale=self.scale)[:, 0].transpose(1, 2)

@@ -68,7 +68,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, window: Size, bias: Tensor | None, 
     )  # (B * P, h, n, d)
     if first_wins(PRODUCTS_WIN, n, q.device):
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (B * P * h, n, d)
-        logits = torch.baddbmm(q.new_empty(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scale)  # scaled in passing
+        logits = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scale)  # scaled in passing
         if bias is not None:
             logits = logits.view(-1, h, n, n).add_(bias).flatten(0, 1)
         out = torch.bmm(logits.softmax(dim=-1), v)
