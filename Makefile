@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-EXTRAS := train,dense,export,dev
+EXTRAS := train,data,dense,export,dev
 
 .PHONY: help setup demo test quick check tables format clean
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from visionattn.train import TrainConfig, TrainError, parse_config, train
+from visionattn.train import TrainConfig, TrainError, dry_run, parse_config, train
 
 
 def main() -> int:
@@ -11,7 +11,11 @@ def main() -> int:
     A run that stopped before its `--time-limit` ended in order, with 0.
     """
     try:
-        result = train(parse_config(TrainConfig, sys.argv[1:], "Train an image classifier on accelerate and timm."))
+        cfg = parse_config(TrainConfig, sys.argv[1:], "Train an image classifier on accelerate and timm.")
+        if cfg.dry_run:
+            print(dry_run(cfg), end="")
+            return 0
+        result = train(cfg)
     except TrainError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -2,13 +2,17 @@
 
 import sys
 
-from visionattn.train import TrainError, ValidateConfig, parse_config, validate
+from visionattn.train import TrainError, ValidateConfig, parse_config, validate, validate_table
 
 
 def main() -> int:
     """Run the command line; the exit status is 0, or 1 after an error."""
     try:
-        result = validate(parse_config(ValidateConfig, sys.argv[1:], "Evaluate an image classifier."))
+        cfg = parse_config(ValidateConfig, sys.argv[1:], "Evaluate image classifiers.")
+        if cfg.sets:
+            validate_table(cfg)
+            return 0
+        result = validate(cfg)
     except TrainError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -26,18 +26,22 @@ def _fresh_process_state() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def images(tmp_path: Path) -> Path:
+def make_images(folder: Path) -> Path:
     """A folder of images: two classes, told apart by brightness, 24 to train and 8 to validate."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 12), ("val", 4)):
         for name, level in (("dark", 60), ("light", 190)):
-            folder = tmp_path / "images" / split / name
-            folder.mkdir(parents=True)
+            (folder / split / name).mkdir(parents=True)
             for number in range(count):
                 pixels = rng.integers(level - 50, level + 50, (16, 16, 3)).astype(np.uint8)
-                Image.fromarray(pixels).save(folder / f"{number}.png")
-    return tmp_path / "images"
+                Image.fromarray(pixels).save(folder / split / name / f"{number}.png")
+    return folder
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """See `make_images`."""
+    return make_images(tmp_path / "images")
 
 
 @pytest.fixture

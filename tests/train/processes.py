@@ -42,5 +42,6 @@ def _run(config: str, log: str, largest_file: int | None) -> None:
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of loading processes, as in a run from a shell
     sys.argv = [str(TOOL), config]
     runpy.run_path(str(TOOL), run_name="__main__")

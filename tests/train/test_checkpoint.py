@@ -13,7 +13,8 @@ import timm
 import torch
 
 from visionattn.train import CheckpointError, TrainConfig, load_model, read_info, train
-from visionattn.train.checkpoint import StateStore, load_weights, read_state, write_atomically
+from visionattn.train.checkpoint import StateStore, load_weights, read_state
+from visionattn.train.files import write_atomically
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

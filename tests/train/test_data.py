@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from visionattn.train import ConfigError, DataError, TrainConfig, train
 from visionattn.train.data import (
@@ -172,3 +173,26 @@ def test_too_many_unreadable_images_stop_the_run(images: Path, tiny: Callable[..
         file.write_bytes(b"")
     with pytest.raises(DataError, match="more than max_bad_images"):
         train(tiny(max_bad_images=10, experiment="all"))
+
+
+def test_a_cache_keeps_what_was_decoded(images: Path, tiny: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    large = images / "train" / "dark" / "3.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3)).astype(np.uint8)).save(large)
+    plain = [batch.images for batch in loader(tiny()).epoch(0)]
+    cfg = tiny(cache_dir=str(tmp_path / "cache"), cache_size=20)
+    first = [batch.images for batch in loader(cfg).epoch(0)]
+    assert sum(not torch.equal(a, b) for a, b in zip(plain, first, strict=True)) == 1  # the batch of the large one
+    kept = sorted((tmp_path / "cache").glob("*/*.npy"))
+    assert len(kept) == 24
+    assert sorted({np.load(file).shape for file in kept}) == [(16, 16, 3), (20, 30, 3)]
+    kept[5].write_bytes(b"damaged")
+    for file in images.glob("train/*/*.png"):
+        if file.name != "5.png":
+            file.write_bytes(b"not read any more")
+    again = list(loader(cfg).epoch(0))
+    assert not any(batch.unreadable for batch in again)
+    assert all(torch.equal(a, b.images) for a, b in zip(first, again, strict=True))
+    with pytest.raises(ConfigError, match="name another folder"):
+        loader(tiny(cache_dir=str(tmp_path / "cache"), cache_size=30))
+    with pytest.raises(ConfigError, match="keeps the images of folders and tables"):
+        loader(tiny(dataset="digits", data_dir=None, cache_dir=str(tmp_path / "other")))

@@ -23,7 +23,8 @@ from visionattn.train import checkpoint as checkpoint_module
 from visionattn.train import engine as engine_module
 from visionattn.train import report as report_module
 from visionattn.train import setup as building
-from visionattn.train.checkpoint import StateStore, write_atomically
+from visionattn.train.checkpoint import StateStore
+from visionattn.train.files import write_atomically
 
 Tiny = Callable[..., TrainConfig]
 

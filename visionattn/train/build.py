@@ -78,12 +78,34 @@ def build_optimizer(model: nn.Module, cfg: TrainConfig, lr: float) -> Optimizer:
     """
     extra = {"eps": cfg.opt_eps, "betas": cfg.opt_betas, "layer_decay": cfg.layer_decay, **cfg.opt_kwargs}
     try:
-        return create_optimizer_v2(
+        optimizer = create_optimizer_v2(
             model, opt=cfg.opt, lr=lr, weight_decay=cfg.weight_decay, momentum=cfg.momentum,
             **{name: value for name, value in extra.items() if value is not None},
         )  # fmt: skip
     except (ValueError, TypeError, AssertionError) as error:
         raise ConfigError(f"cannot make the optimiser {cfg.opt!r}: {error}") from error
+    for text, factor in cfg.lr_scale.items():
+        _scale_lr(optimizer, model, text, factor)
+    if cfg.sched == "none":  # otherwise the schedule multiplies by the scale
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+    return optimizer
+
+
+def _scale_lr(optimizer: Optimizer, model: nn.Module, text: str, factor: float) -> None:
+    """Put the parameters whose name holds ``text`` into groups of their own, whose learning rate is scaled."""
+    chosen = {parameter for name, parameter in model.named_parameters() if text in name}
+    if not chosen:
+        raise ConfigError(f"lr_scale: no parameter of the model has {text!r} in its name")
+    for group in list(optimizer.param_groups):
+        inside = [parameter for parameter in group["params"] if parameter in chosen]
+        outside = [parameter for parameter in group["params"] if parameter not in chosen]
+        scale = group.get("lr_scale", 1.0) * factor
+        if not outside:
+            group["lr_scale"] = scale
+        elif inside:
+            group["params"] = outside
+            optimizer.add_param_group({**group, "params": inside, "lr_scale": scale})
 
 
 def build_scheduler(optimizer: Optimizer, cfg: TrainConfig, updates_per_epoch: int) -> tuple[Scheduler | None, int]:

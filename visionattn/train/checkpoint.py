@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 import visionattn
 from visionattn.train.build import build_model
 from visionattn.train.errors import CheckpointError
+from visionattn.train.files import remove, write_atomically
 
 _KEY = "visionattn"  # of our entry in the safetensors header
 _STATES_KEPT = 2  # the newest, and the one before in case the newest cannot be read
@@ -51,41 +51,6 @@ class WeightsInfo:
     epoch: int  # the epoch, counted from 0, after which the weights were saved
     metrics: dict[str, float]  # on the validation split, of these weights
     version: str  # of visionattn
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Let ``write`` fill a file beside ``path``, then put it in place in one step.
-
-    Raises:
-        CheckpointError: the file could not be written; what was at ``path`` before is still there.
-    """
-    part = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-        _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        part.unlink(missing_ok=True)
-        raise CheckpointError(f"could not write {path}: {error}; files written before are intact") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the names in a folder outlive a power failure."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def remove_parts(folder: Path) -> None:
-    """Remove the half-written files that a killed process left in a folder."""
-    for part in folder.glob(".*.part"):
-        part.unlink()
 
 
 def save_weights(path: Path, state_dict: Mapping[str, Tensor], info: WeightsInfo) -> None:
@@ -178,18 +143,21 @@ class StateStore:
         Raises:
             CheckpointError: it could not be written; older states are still there.
         """
-        write_atomically(self.folder / f"update-{update:09d}.pt", lambda file: torch.save(dict(state), file))
+        write_atomically(self.path(update).with_suffix(".pt"), lambda file: torch.save(dict(state), file))
+        self.prune()
+
+    def path(self, update: int) -> Path:
+        """Where the state after ``update`` updates lies: a folder of parts of that name, or a file with .pt behind."""
+        return self.folder / f"update-{update:09d}"
+
+    def prune(self) -> None:
+        """Remove all but the newest states."""
         for old in self.files()[_STATES_KEPT:]:
-            old.unlink()
+            remove(old)
 
     def files(self) -> list[Path]:
-        """State files, the newest first."""
-        return sorted(self.folder.glob("update-*.pt"), reverse=True)
-
-    def clear(self) -> None:
-        """Remove all states."""
-        for file in self.files():
-            file.unlink()
+        """State files, or folders of their parts, the newest first."""
+        return sorted(self.folder.glob("update-*"), reverse=True)
 
     def newest(self, report: Callable[[str], None]) -> dict[str, Any] | None:
         """Read the newest state that is intact; ``report`` is told of each that is not.
@@ -219,11 +187,13 @@ def _try_state(path: Path) -> tuple[dict[str, Any] | None, str]:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Read one state file.
+    """Read one state: a file, or a folder with the parts of a run in shards, which are put together.
 
     Raises:
         CheckpointError: it is missing or damaged, or holds more than tensors and plain values.
     """
+    if path.is_dir():
+        return join_shards([read_state(part) for part in sorted(path.glob("process-*.pt"))], path)
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch writes checksums but does not look at them
@@ -235,3 +205,27 @@ def read_state(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or "update" not in state:
         raise CheckpointError(f"{path} is not a state of a training run")
     return state
+
+
+def join_shards(parts: list[dict[str, Any]], path: Path) -> dict[str, Any]:
+    """Put the processes' parts of a state together.
+
+    Raises:
+        CheckpointError: one is missing.
+    """
+    expected = parts[0]["processes"] if parts else 1
+    if len(parts) != expected:
+        raise CheckpointError(f"the state {path} has {len(parts)} of {expected} processes' parts")
+    joined = _join(*parts)
+    del joined["processes"]
+    return joined
+
+
+def _join(first: Any, *others: Any) -> Any:
+    if isinstance(first, dict) and first.keys() == {"shard", "local"}:
+        return torch.cat([part["local"] for part in (first, *others)], dim=first["shard"])
+    if isinstance(first, dict):
+        return {key: _join(value, *(other[key] for other in others if key in other)) for key, value in first.items()}
+    if isinstance(first, list):
+        return [_join(value, *(other[i] for other in others)) for i, value in enumerate(first)]
+    return first

@@ -36,8 +36,18 @@ def parse(cls: type[C], argv: Sequence[str], description: str) -> C:
     Raises:
         ConfigError: an unknown name (the message names the closest ones), a wrong type, or an unreadable file.
     """
+    values, source = parse_values(cls, argv, description)
+    return build(cls, values, source=source)
+
+
+def parse_values(cls: type[Any], argv: Sequence[str], description: str) -> tuple[dict[str, Any], str]:
+    """Read a command line as `parse` does, and return what was given, unchecked, and where.
+
+    Raises:
+        ConfigError: an unknown name, or an unreadable file.
+    """
     types_of = typing.get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = {field.name: field for field in dataclasses.fields(cls)}
     parser = _Parser(
         description=description, usage="%(prog)s [config.yaml] [--key value ...]", allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
@@ -71,7 +81,7 @@ def parse(cls: type[C], argv: Sequence[str], description: str) -> C:
         if typing.get_origin(_plain(types_of[name])) is dict:
             value = {**(values.get(name) or {}), **_pairs(name, value)}  # single keys are overridden
         values[name] = value
-    return build(cls, values, source=str(file) if file else "the command line")
+    return values, str(file) if file else "the command line"
 
 
 def build(cls: type[C], values: Mapping[str, Any], source: str = "the configuration") -> C:

@@ -62,6 +62,8 @@ class TrainConfig:
     target_key: str | None = _arg(None, "key of the label in shards or tables")
     dataset_download: bool = _arg(False, "let the reader download the data set")
     max_bad_images: int = _arg(100, "stop when more than this many images could not be read")
+    cache_dir: str | None = _arg(None, "keep decoded training images in this folder, which grows large")
+    cache_size: int = _arg(320, "shorter side to which larger images are shrunk in the cache, in pixels")
     workers: int = _arg(4, "data loading processes a training process; 0 loads in the training process itself")
     pin_mem: bool = _arg(True, "page-locked host memory for batches (used with a GPU only)")
     batch_size: int = _arg(128, "images in a forward pass of one process")
@@ -103,6 +105,13 @@ class TrainConfig:
     bce_loss: bool = _arg(False, "binary cross-entropy of each class in place of cross-entropy")
     bce_target_thresh: float | None = _arg(None, "with bce_loss: targets above this become 1, others 0")
 
+    # distillation
+    teacher_model: str | None = _arg(None, "learn from this model too, by timm's name; its token's head if it has one")
+    teacher_path: str | None = _arg(None, "the teacher's weights; default: the published ones")
+    distillation_type: Literal["soft", "hard"] = _arg("hard", "compare with the teacher's probabilities or first guess")
+    distillation_alpha: float = _arg(0.5, "share of the teacher in the loss")
+    distillation_tau: float = _arg(1.0, "temperature of soft distillation")
+
     # optimiser
     opt: str = _arg("adamw", "optimiser, by timm's name")
     opt_eps: float | None = _arg(None, "the optimiser's epsilon")
@@ -111,6 +120,9 @@ class TrainConfig:
     momentum: float = _arg(0.9, "momentum, where the optimiser has one")
     weight_decay: float = _arg(0.05, "weight decay; never on biases, norms and what the model exempts")
     layer_decay: float | None = _arg(None, "learning rate factor from each layer to the one below it")
+    lr_scale: dict[str, Any] = _mapping(
+        "factors of the learning rate for parameters whose name holds a text: --lr-scale downsample.offset=0.01"
+    )
     clip_grad: float | None = _arg(None, "limit of the gradient; default: none")
     clip_mode: Literal["norm", "value", "agc"] = _arg("norm", "how the gradient is limited")
     grad_accum_steps: int = _arg(1, "forward and backward passes in one update")
@@ -140,6 +152,7 @@ class TrainConfig:
     )
 
     # run
+    dry_run: bool = _arg(False, "print the whole recipe, what it costs and what is in the data, and train nothing")
     seed: int = _arg(42, "everything random in a run follows from it")
     amp: Amp = _arg("none", "mixed precision", bare="bf16")
     sync_bn: bool = _arg(False, "batch norm statistics over all processes")
@@ -163,7 +176,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Check ranges and combinations."""
         for name in (
-            "batch_size", "grad_accum_steps", "epochs", "in_chans", "log_interval", "checkpoint_hist", "lr_base_size"
+            "batch_size", "cache_size", "grad_accum_steps", "epochs", "in_chans", "log_interval", "checkpoint_hist",
+            "lr_base_size",
         ):  # fmt: skip
             _check(self, name, lambda value: value >= 1, "at least 1")
         for name in ("num_classes", "global_batch_size", "validation_batch_size", "img_size"):
@@ -173,14 +187,28 @@ class TrainConfig:
             "weight_decay", "seed", "recovery_interval",
         ):  # fmt: skip
             _check(self, name, lambda value: value >= 0, "0 or more")
-        for name in ("hflip", "vflip", "reprob", "mixup_prob", "mixup_switch_prob", "smoothing", "model_ema_decay"):
+        for name in (
+            "hflip",
+            "vflip",
+            "reprob",
+            "mixup_prob",
+            "mixup_switch_prob",
+            "smoothing",
+            "model_ema_decay",
+            "distillation_alpha",
+        ):
             _check(self, name, lambda value: 0 <= value <= 1, "between 0 and 1")
-        for name in ("lr", "time_limit"):
+        for name in ("lr", "time_limit", "distillation_tau"):
             _check(self, name, lambda value: value is None or value > 0, "above 0")
         if self.input_size is not None and len(self.input_size) != 3:
             raise ConfigError(f"input_size takes three numbers, channels height width; got {self.input_size}")
         if self.best_weights == "ema" and not self.model_ema:
             raise ConfigError("best_weights is 'ema' but model_ema is off: switch model_ema on, or leave it at auto")
+        if self.teacher_path is not None and self.teacher_model is None:
+            raise ConfigError("teacher_path needs teacher_model: the name of the model whose weights it holds")
+        for name, factor in self.lr_scale.items():
+            if not isinstance(factor, int | float) or isinstance(factor, bool) or factor < 0:
+                raise ConfigError(f"lr_scale takes factors of 0 or more, got {name}={factor!r}")
         if self.warmup_epochs > self.epochs:
             raise ConfigError(f"warmup_epochs ({self.warmup_epochs:g}) is longer than epochs ({self.epochs})")
         if self.mixing and self.batch_size % 2 and self.global_batch_size is None:
@@ -200,6 +228,11 @@ class ValidateConfig:
     model: str | None = _arg(None, "model name; needed where the checkpoint does not say")
     model_kwargs: dict[str, Any] = _mapping("further arguments of the model: --model-kwargs n_win=7")
     pretrained: bool = _arg(False, "evaluate the published weights of --model")
+    checkpoints: tuple[str, ...] = _arg((), "several such files, each a row of a table; needs --sets")
+    models: tuple[str, ...] = _arg((), "several names whose published weights are rows of the table too; needs --sets")
+    sets: dict[str, Any] = _mapping(
+        "ImageNet's sets and their folders: --sets imagenet=DIR real=DIR v2=DIR a=DIR r=DIR sketch=DIR c=DIR"
+    )
     num_classes: int | None = _arg(None, "classes of the head")
     dataset: str | None = _arg(None, "digits, torch/<name>, wds/, hfds/<name>; empty: a folder of images")
     data_dir: str | None = _arg(None, "root of the data set")
@@ -222,21 +255,54 @@ class ValidateConfig:
     amp: Amp = _arg("none", "mixed precision", bare="bf16")
     channels_last: bool = _arg(False, "channels-last memory layout")
     torchcompile: str | None = _arg(None, "compile the model with this back-end (bare flag: inductor)", bare="inductor")
-    results_file: str | None = _arg(None, "write the result to this .json or .csv file")
+    results_file: str | None = _arg(None, "write the result to this .json or .csv file; a table also to .md")
     progress: bool = _arg(True, "draw a progress bar")
 
     def __post_init__(self) -> None:
         """Check that there is something to evaluate."""
-        if self.checkpoint is None and self.model is None:
+        several = bool(self.checkpoints or self.models)
+        if several and not self.sets:
+            raise ConfigError("checkpoints and models make rows of a table: say on which --sets, as imagenet=DIR")
+        if self.checkpoint is None and self.model is None and not several:
             raise ConfigError("nothing to evaluate: give --checkpoint FILE, or --model NAME with --pretrained")
-        if self.checkpoint is None and not self.pretrained:
+        if self.checkpoint is None and not self.pretrained and not several:
             raise ConfigError(f"{self.model} would have random weights: give --checkpoint FILE or --pretrained")
         if self.checkpoint is not None and self.pretrained:
             raise ConfigError("--checkpoint and --pretrained both name weights: give one of them")
         _check(self, "batch_size", lambda value: value >= 1, "at least 1")
         _check(self, "workers", lambda value: value >= 0, "0 or more")
-        if self.results_file is not None and not self.results_file.endswith((".json", ".csv")):
-            raise ConfigError(f"results_file must end in .json or .csv, got {self.results_file!r}")
+        endings = (".json", ".csv", ".md") if self.sets else (".json", ".csv")
+        if self.results_file is not None and not self.results_file.endswith(endings):
+            raise ConfigError(f"results_file must end in {' or '.join(endings)}, got {self.results_file!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """What `tools/compare.py` takes besides the arguments of training, which hold for every run."""
+
+    configs: str = _arg("configs/cifar10", "folder of the recipes to compare; they may differ in the model alone")
+    data_dir: str | None = _arg(None, "root of the data set, for all runs")
+    output: str = _arg("output/compare", "folder of the runs")
+    results: str | None = _arg(
+        None, "the .json file of results, with a table (.md) and a plot (.png) beside it; default: in output"
+    )
+    label: str = _arg("", "what the results are, for their title: say here what was reduced")
+    seeds: tuple[int, ...] = _arg((0, 1, 2), "train each model with each of these seeds")
+    only: tuple[str, ...] = _arg((), "recipes to take, by their file names without .yaml; default: all")
+    per_class: tuple[int, ...] | None = _arg(
+        None, "take the first so many images of each class for training, and so many for validation"
+    )
+    time_limit: float | None = _arg(None, "minutes after which to stop in order; the same command continues")
+
+    def __post_init__(self) -> None:
+        """Check what can be checked before any run."""
+        if not self.seeds:
+            raise ConfigError("seeds takes at least one seed")
+        if self.per_class is not None and (len(self.per_class) != 2 or min(self.per_class) < 1):
+            raise ConfigError(f"per_class takes two numbers of images, for training and validation: {self.per_class}")
+        if self.results is not None and not self.results.endswith(".json"):
+            raise ConfigError(f"results must end in .json, got {self.results!r}")
+        _check(self, "time_limit", lambda value: value is None or value > 0, "above 0")
 
 
 def _check(cfg: Any, name: str, accept: Any, expected: str) -> None:

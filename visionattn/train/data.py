@@ -7,10 +7,8 @@ processes nor on where a run was resumed.
 from __future__ import annotations
 
 import itertools
-import random
 import signal
-import struct
-import zlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,20 +19,17 @@ from PIL import Image
 from timm.data import create_dataset, create_transform
 from timm.data.distributed_sampler import OrderedDistributedSampler, RepeatAugSampler
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler
 
+from visionattn.train.cache import DecodedCache
 from visionattn.train.config import TrainConfig
 from visionattn.train.digits import Digits
-from visionattn.train.errors import DataError, require
-
-NO_LABEL = -1  # target of an image that does not count: unlabelled, or unreadable during validation
+from visionattn.train.errors import ConfigError, DataError, require
+from visionattn.train.seeds import seed_all
+from visionattn.train.streams import NO_LABEL, UNREADABLE, Item, StreamSamples, describe, open_shards, open_table
 
 _TRAIN_FOLDERS = ("train", "training")
 _VAL_FOLDERS = ("validation", "val", "valid", "eval", "evaluation", "test")
-# What Pillow and the readers raise on a damaged or missing file.
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
-
-Item = tuple[Tensor | None, int, int, list[str]]  # image, label, index, unreadable files met on the way
 
 
 class Batch(NamedTuple):
@@ -42,8 +37,9 @@ class Batch(NamedTuple):
 
     images: Tensor | None  # [B, C, H, W]; None when too many files were unreadable to fill it
     targets: Tensor  # [B] of int64, `NO_LABEL` where there is none
-    indices: list[int]  # B positions in the data set, -1 where it is a stream
+    indices: list[int | str]  # B positions in the data set, or names in a stream
     unreadable: list[str]  # files that were skipped and replaced by the next readable one
+    seconds: float  # that one loading process took to make it
 
 
 class DataConfig(NamedTuple):
@@ -55,14 +51,6 @@ class DataConfig(NamedTuple):
     std: tuple[float, ...]
     crop_pct: float
     crop_mode: str
-
-
-def seed_all(*entropy: int) -> None:
-    """Seed Python, NumPy and torch from a tuple of non-negative integers."""
-    python, numpy, torch_seed = (int(word) for word in np.random.SeedSequence(entropy).generate_state(3))
-    random.seed(python)
-    np.random.seed(numpy)
-    torch.manual_seed(torch_seed)
 
 
 def open_dataset(
@@ -108,21 +96,34 @@ def open_dataset(
     if name == "digits":
         return Digits("train" if split in _TRAIN_FOLDERS else "validation")
     if prefix in ("hfds", "hfids"):
-        require("datasets", f"the data set {name!r}", "datasets")
+        require("datasets", f"the data set {name!r}", "visionattn[data]")
     elif root is None:
         raise DataError(
             f"the data set {name or 'image folder'!r} needs its folder: give --data-dir, or --dataset digits"
         )
     elif prefix == "wds":
-        require("webdataset", f"the data set {name!r}", "webdataset")
+        require("webdataset", f"the data set {name!r}", "visionattn[data]")
     elif prefix == "" and not root.endswith(".tar"):
         root = str(find_split(Path(root), split))
+    keys: dict[str, Any] = {
+        key: value for key, value in (("input_key", input_key), ("target_key", target_key)) if value is not None
+    }
+    streaming: dict[str, Any] = {
+        "split": split, "is_training": training, "class_map": class_map, "num_samples": num_samples, "seed": seed,
+        "batch_size": batch_size, "input_img_mode": "L" if in_chans == 1 else "RGB", **keys,
+    }  # fmt: skip
     try:
-        dataset = create_dataset(
-            name, root=root, split=split, search_split=False, is_training=training, class_map=class_map,
-            num_samples=num_samples, input_key=input_key, target_key=target_key, download=download,
-            batch_size=batch_size, seed=seed, input_img_mode="L" if in_chans == 1 else "RGB",
-        ) if prefix != "torch" else create_dataset(name, root=root, split=split, download=download)  # fmt: skip
+        if prefix == "wds":
+            dataset: Any = open_shards(str(root), **streaming)
+        elif prefix == "hfids":
+            dataset = open_table(name.partition("/")[2], root, download=download, **streaming)
+        elif prefix == "torch":
+            dataset = create_dataset(name, root=root, split=split, download=download)
+        else:
+            dataset = create_dataset(
+                name, root=root, split=split, search_split=False, is_training=training, class_map=class_map,
+                download=download, input_img_mode=streaming["input_img_mode"], **keys,
+            )  # fmt: skip
     except (RuntimeError, AssertionError, OSError, ValueError) as error:
         raise DataError(f"cannot open the split {split!r} of {name or 'the images'!r} in {root}: {error}") from error
     if not isinstance(dataset, IterableDataset) and len(dataset) == 0:
@@ -181,11 +182,13 @@ def check_classes(known: Sequence[str] | None, dataset: Any, what: str, referenc
         )
 
 
-def name_of(dataset: Any, index: int) -> str:
-    """File name of a sample, or its number where it has none."""
-    if index >= 0 and hasattr(getattr(dataset, "reader", None), "filename"):
+def name_of(dataset: Any, index: int | str) -> str:
+    """File name of a sample, or its number where it has none; names in streams are names already."""
+    if isinstance(index, str):
+        return index
+    if hasattr(getattr(dataset, "reader", None), "filename"):
         return str(dataset.filename(index, absolute=True))
-    return f"image {index}" if index >= 0 else "an image of the stream"
+    return f"image {index}"
 
 
 class Samples(Dataset[Item]):
@@ -197,13 +200,15 @@ class Samples(Dataset[Item]):
         mode: Pillow mode to convert to.
         drop_unreadable: give the replacement of an unreadable file no label, so that it does not count.
         give_up: unreadable files in a row after which the item has no image.
+        cache: keeps decoded images.
     """
 
     def __init__(
-        self, dataset: Any, transform: Callable[[Any], Any], *, mode: str, drop_unreadable: bool, give_up: int
-    ) -> None:
+        self, dataset: Any, transform: Callable[[Any], Any], *, mode: str, drop_unreadable: bool, give_up: int,
+        cache: DecodedCache | None = None,
+    ) -> None:  # fmt: skip
         self.dataset, self.transform, self.mode = dataset, transform, mode
-        self.drop_unreadable, self.give_up = drop_unreadable, give_up
+        self.drop_unreadable, self.give_up, self.cache = drop_unreadable, give_up, cache
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -212,20 +217,21 @@ class Samples(Dataset[Item]):
     def __getitem__(self, key: int | tuple[int, int]) -> Item:
         """Item at an index, or at an index with the seed of its augmentation."""
         index, seed = key if isinstance(key, tuple) else (key, None)
+        started = time.perf_counter()
         unreadable: list[str] = []
         for place in range(index, index + min(self.give_up + 1, len(self))):
             try:
                 image, label = self._read(place % len(self))
-            except _UNREADABLE as error:
-                name = name_of(self.dataset, place % len(self))
-                unreadable.append(f"{name} ({type(error).__name__}: {' '.join(str(error).split())[:120]})")
+            except UNREADABLE as error:
+                unreadable.append(describe(name_of(self.dataset, place % len(self)), error))
                 continue
             if seed is not None:
                 seed_all(seed)
             if label is None or (unreadable and self.drop_unreadable):
                 label = NO_LABEL
-            return self.transform(image), int(label), place % len(self), unreadable
-        return None, NO_LABEL, index, unreadable
+            image = self.transform(image)
+            return image, int(label), place % len(self), unreadable, time.perf_counter() - started
+        return None, NO_LABEL, index, unreadable, 0.0
 
     def _read(self, index: int) -> tuple[Image.Image, Any]:
         reader = getattr(self.dataset, "reader", None)
@@ -234,31 +240,9 @@ class Samples(Dataset[Item]):
             return image.convert(self.mode), label
         file, label = reader[index]
         with file:
+            if self.cache is not None:
+                return self.cache.load(index, lambda: Image.open(file).convert(self.mode)), label
             return Image.open(file).convert(self.mode), label
-
-
-class StreamSamples(IterableDataset[Item]):
-    """Transforms a stream (WebDataset, Hugging Face iterable); its reader decodes, and logs what it cannot."""
-
-    def __init__(self, dataset: Any, transform: Callable[[Any], Any], *, seed: int | None, rank: int) -> None:
-        self.dataset, self.transform, self.seed, self.rank, self.epoch = dataset, transform, seed, rank, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order and the augmentation of an epoch; before its iteration begins."""
-        self.epoch = epoch
-        self.dataset.set_epoch(epoch)
-
-    def __len__(self) -> int:
-        """Samples of this process in an epoch."""
-        return len(self.dataset)
-
-    def __iter__(self) -> Iterator[Item]:
-        """Yield the items of this loading process."""
-        worker = get_worker_info()
-        for position, (image, label) in enumerate(self.dataset):
-            if self.seed is not None:
-                seed_all(self.seed, self.epoch, self.rank, worker.id if worker else 0, position)
-            yield self.transform(image), NO_LABEL if label is None else int(label), -1, []
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
@@ -335,7 +319,9 @@ class Loader:
             self.sampler.set_epoch(epoch, start * int(self.loader.batch_size or 1))
             skip = 0
         elif isinstance(self.samples, StreamSamples):
-            self.samples.set_epoch(epoch)
+            workers = max(1, self.loader.num_workers)  # these take batches in turn
+            self.samples.set_epoch(epoch, start // workers)
+            skip = start % workers
         number = start - skip
         for batch in self.loader:
             if self.batches is not None and number >= self.batches:
@@ -347,12 +333,14 @@ class Loader:
 
 def collate(items: list[Item]) -> Batch:
     """Put items together into a batch."""
+    started = time.perf_counter()
     images = [image for image, *_ in items if image is not None]
     return Batch(
         images=torch.stack(images) if len(images) == len(items) else None,
-        targets=torch.tensor([label for _, label, _, _ in items]),
-        indices=[index for _, _, index, _ in items],
-        unreadable=[name for *_, names in items for name in names],
+        targets=torch.tensor([label for _, label, *_ in items]),
+        indices=[index for _, _, index, *_ in items],
+        unreadable=[name for _, _, _, names, _ in items for name in names],
+        seconds=sum(seconds for *_, seconds in items) + time.perf_counter() - started,
     )
 
 
@@ -379,14 +367,17 @@ def train_loader(dataset: Any, cfg: TrainConfig, data: DataConfig, *, rank: int,
     if isinstance(dataset, IterableDataset):
         dataset.set_loader_cfg(num_workers=cfg.workers)  # type: ignore[attr-defined]
         count, sampler = len(dataset), None  # type: ignore[arg-type]
-        samples: Samples | StreamSamples = StreamSamples(dataset, transform, seed=cfg.seed, rank=rank)
+        samples: Samples | StreamSamples = StreamSamples(
+            dataset, transform, seed=cfg.seed, rank=rank, batch_size=cfg.batch_size, give_up=cfg.max_bad_images
+        )
     else:
         sampler = EpochSampler(
             len(dataset), seed=cfg.seed, rank=rank, world=world, repeats=cfg.aug_repeats, multiple=per_update
         )
         count = len(sampler)
         samples = Samples(
-            dataset, transform, mode=_mode(data), drop_unreadable=False, give_up=cfg.max_bad_images
+            dataset, transform, mode=_mode(data), drop_unreadable=False, give_up=cfg.max_bad_images,
+            cache=_cache(dataset, cfg, _mode(data)),
         )  # fmt: skip
     if count < per_update:
         raise DataError(
@@ -412,7 +403,9 @@ def val_loader(
     )  # fmt: skip
     if isinstance(dataset, IterableDataset):
         dataset.set_loader_cfg(num_workers=workers)  # type: ignore[attr-defined]
-        samples: Samples | StreamSamples = StreamSamples(dataset, transform, seed=None, rank=rank)
+        samples: Samples | StreamSamples = StreamSamples(
+            dataset, transform, seed=None, rank=rank, batch_size=batch_size, give_up=max_bad
+        )
         sampler = None
     else:
         samples = Samples(dataset, transform, mode=_mode(data), drop_unreadable=True, give_up=max_bad)
@@ -423,6 +416,15 @@ def val_loader(
 def valid_samples(loader: Loader) -> int | None:
     """How many samples of a validation share are not padding; ``None`` for a stream, where all count."""
     return loader.sampler.num_valid_samples if isinstance(loader.sampler, OrderedDistributedSampler) else None
+
+
+def _cache(dataset: Any, cfg: TrainConfig, mode: str) -> DecodedCache | None:
+    if cfg.cache_dir is None:
+        return None
+    if not hasattr(getattr(dataset, "reader", None), "__getitem__"):
+        raise ConfigError(f"cache_dir keeps the images of folders and tables, the data set is {cfg.dataset!r}")
+    source = {"dataset": cfg.dataset, "split": cfg.train_split, "images": len(dataset), "mode": mode}
+    return DecodedCache(Path(cfg.cache_dir), cfg.cache_size, source)
 
 
 def _mode(data: DataConfig) -> str:

@@ -20,14 +20,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 import visionattn
-from visionattn.train.checkpoint import StateStore, WeightsInfo, remove_parts, save_weights, write_atomically
+from visionattn.train.checkpoint import StateStore, WeightsInfo, save_weights
 from visionattn.train.config import TrainConfig
-from visionattn.train.data import Batch, name_of, seed_all
+from visionattn.train.data import Batch, name_of
 from visionattn.train.errors import DataError, NonFiniteLossError
 from visionattn.train.evaluate import Unreadable, evaluate, to_device
-from visionattn.train.report import Report, describe_run, epoch_line
+from visionattn.train.files import remove_parts, write_atomically
+from visionattn.train.report import Report, describe_run, epoch_line, peak_memory
 from visionattn.train.resume import Progress, find_run, restore, save_state
+from visionattn.train.seeds import seed_all
 from visionattn.train.setup import Parts, assemble
+from visionattn.train.sharding import average_whole_gradients, is_sharded, local
 from visionattn.train.signals import Stopped, StopSignal, TimeLimit
 
 
@@ -82,8 +85,8 @@ class _Run:
             tensorboard=self.cfg.tensorboard, first_update=self.at.update,
         )  # fmt: skip
         # Reading a loss makes the host wait for a GPU, so there it is done now and then.
-        self.pending: list[tuple[Tensor, list[int]]] = []  # losses not read yet, with the images of their batches
-        self.recent: list[int] = []  # images of the last batch whose loss was read
+        self.pending: list[tuple[Tensor, list[int | str]]] = []  # losses not read yet, with the images of their batches
+        self.recent: list[int | str] = []  # images of the last batch whose loss was read
         self.check_every = 1 if self.accelerator.device.type == "cpu" else self.cfg.log_interval
         self.report.text("args.yaml", describe_run(self.cfg, self.accelerator.device, self.accelerator.num_processes))
         self.report.line(f"{parts.describe()}; {self.folder}")
@@ -126,7 +129,7 @@ class _Run:
         parts.optimizer.zero_grad()
         if parts.mixup is not None:
             parts.mixup.mixup_enabled = not 0 < self.cfg.mixup_off_epoch <= at.epoch
-        clock = _Clock()
+        clock = _Clock(self.accelerator.num_processes, self.cfg.workers)
         batches = parts.loader.epoch(at.epoch, at.batch)
         with self.report.bar(f"epoch {at.epoch + 1}/{parts.epochs}", parts.batches, at.batch) as bar:
             for number in itertools.count(at.batch):
@@ -137,7 +140,7 @@ class _Run:
                 for name in self.unreadable.add(batch):
                     self.report.line(f"skipped an unreadable image: {name}")
                 self.pending.append((self._step(batch, number), batch.indices))
-                clock.images += len(batch.targets) * self.accelerator.num_processes
+                clock.count(len(batch.targets), batch.seconds)
                 at.batch += 1
                 bar.update()
                 if not self.accelerator.sync_gradients:
@@ -159,7 +162,9 @@ class _Run:
             "train_loss": at.loss_sum / (at.batch * self.accelerator.num_processes),
             "lr": self._lr(),
             "images_per_second": clock.rate(),
+            "input_images_per_second": clock.input_rate(),
             "data_wait": clock.wait(),
+            "peak_memory_mb": peak_memory(self.accelerator.device),
             "seconds": clock.seconds(),
         }
 
@@ -171,8 +176,15 @@ class _Run:
         if parts.mixup is not None:
             images, targets = parts.mixup(images, targets)
         with accelerator.accumulate(parts.model):
-            loss = parts.loss(parts.model(images), targets)
+            with accelerator.autocast():
+                outputs = parts.model(images)
+                if parts.distillation is not None:
+                    loss = parts.distillation(images, outputs, targets, parts.loss)
+                else:
+                    loss = parts.loss(outputs.float(), targets)
             accelerator.backward(loss)
+            if accelerator.sync_gradients and is_sharded(accelerator):
+                average_whole_gradients(parts.model)
             if accelerator.sync_gradients and cfg.clip_grad is not None:
                 self._clip(cfg.clip_grad)
             parts.optimizer.step()
@@ -210,11 +222,11 @@ class _Run:
 
     def _check_weights(self) -> None:
         """Stop on weights that are not finite, before they are saved: a finite loss may have such gradients."""
-        flags = [parameter.detach().isfinite().all() for parameter in self.parts.model.parameters()]
+        flags = [local(parameter.detach()).isfinite().all() for parameter in self.parts.model.parameters()]
         if not bool(torch.stack(flags).all()):
             self._not_finite("the weights are not finite any more", self.at.batch, self.recent)
 
-    def _not_finite(self, what: str, batch: int, indices: list[int]) -> NoReturn:
+    def _not_finite(self, what: str, batch: int, indices: list[int | str]) -> NoReturn:
         """End the run, naming the images of the batch and the last good state."""
         names = [name_of(self.parts.dataset, index) for index in indices]
         listed = self.folder / "non_finite.txt"
@@ -284,10 +296,14 @@ class _Run:
         """Show the state of the epoch in its bar, and now and then on a line and in the event files."""
         at, cfg = self.at, self.cfg
         rate, lr = clock.rate(), self._lr()
-        text = f"loss {loss:.4f}  lr {lr:.2e}  {rate:.0f} img/s  data wait {100 * clock.wait():.0f} %"
+        text = (
+            f"loss {loss:.4f}  lr {lr:.2e}  {rate:.0f} img/s (input {clock.input_rate():.0f})  "
+            f"data wait {100 * clock.wait():.0f} %"
+        )
         bar.set_postfix_str(text)
         if at.update % cfg.log_interval == 0:
-            self.report.scalars({"train/loss": loss, "train/lr": lr, "train/images_per_second": rate}, at.update)
+            rates = {"train/images_per_second": rate, "train/input_images_per_second": clock.input_rate()}
+            self.report.scalars({"train/loss": loss, "train/lr": lr, **rates}, at.update)
             if cfg.progress and not self.report.bars:
                 self.report.line(f"  epoch {at.epoch + 1}  batch {at.batch}/{self.parts.batches}  {text}")
 
@@ -302,14 +318,15 @@ class _Run:
 
     def _save_weights(self, row: dict[str, Any]) -> None:
         """Write `last`, and `model_best` and `checkpoint-N` where this epoch deserves it."""
-        raw = self.accelerator.get_state_dict(self.parts.model)  # in all processes: it may gather shards
+        metric, ema, folder = self.parts.metric, self.parts.ema, self.folder
+        # In all processes: it may gather shards.
+        raw = self.accelerator.get_state_dict(self.parts.model)
+        averaged = self.accelerator.get_state_dict(ema.module) if ema is not None else {}
         if not self.accelerator.is_main_process:
             return
-        metric, ema, folder = self.parts.metric, self.parts.ema, self.folder
         save_weights(folder / "last.safetensors", raw, self._info(row, "raw"))
         weights, kind = raw, "raw"
         if ema is not None:
-            averaged = ema.module.state_dict()
             save_weights(folder / "last_ema.safetensors", averaged, self._info(row, "ema"))
             if metric.startswith("eval_ema"):
                 weights, kind = averaged, "ema"
@@ -344,10 +361,22 @@ class _Run:
 
 
 class _Clock:
-    """Time of an epoch, and the part of it spent waiting for data."""
+    """Time of an epoch, the part of it spent waiting for data, and what the loading processes could deliver.
 
-    def __init__(self) -> None:
-        self.images, self._waited, self._started, self._since = 0, 0.0, time.perf_counter(), 0.0
+    Args:
+        processes: of the training.
+        workers: loading processes of each; with 0 the training process loads itself.
+    """
+
+    def __init__(self, processes: int, workers: int) -> None:
+        self._processes, self._workers = processes, max(1, workers)
+        self._images, self._loading = 0, 0.0  # of this process; seconds of loading, summed over its loading processes
+        self._waited, self._started, self._since = 0.0, time.perf_counter(), 0.0
+
+    def count(self, images: int, loading: float) -> None:
+        """Note a batch, and the seconds that one loading process took to make it."""
+        self._images += images
+        self._loading += loading
 
     def waiting(self) -> _Clock:
         return self
@@ -362,8 +391,12 @@ class _Clock:
         return time.perf_counter() - self._started
 
     def rate(self) -> float:
-        """Images a second."""
-        return self.images / self.seconds()
+        """Images a second, over all processes."""
+        return self._images * self._processes / self.seconds()
+
+    def input_rate(self) -> float:
+        """Images a second that the loading processes could deliver if nothing held them up, over all processes."""
+        return self._images * self._workers * self._processes / self._loading if self._loading else 0.0
 
     def wait(self) -> float:
         """Share of the time spent waiting, from 0 to 1."""

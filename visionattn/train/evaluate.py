@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +56,8 @@ def evaluate(
     progress: bool = False,
     label: str = "validate",
     stop: Callable[[int], bool] | None = None,
+    columns: Sequence[int] | None = None,
+    accepted: torch.Tensor | None = None,
 ) -> dict[str, float]:
     """Evaluate ``model`` on all samples of ``loader``, over all processes.
 
@@ -69,6 +71,8 @@ def evaluate(
         label: of the bar.
         stop: asked before each batch, with its number, whether to give up. It may wait for the other processes, so
             it is not asked where these may see different numbers of batches: streams in several processes.
+        columns: labels among which the answer is sought, where they are fewer than all.
+        accepted: booleans ``(images, classes)``: labels that are right for an image; rows without any do not count.
 
     Returns:
         ``loss`` (cross-entropy, without smoothing), ``top1`` and ``top5`` in percent, ``samples``, and
@@ -101,7 +105,8 @@ def evaluate(
         seen += len(targets)
         with accelerator.autocast():
             logits = model(images)
-        totals += _sums(logits.float(), targets).to(totals.dtype)
+        right = accepted[torch.tensor(batch.indices)].to(device) if accepted is not None else None
+        totals += _sums(logits.float(), targets, columns, right).to(totals.dtype)
     loss, top1, top5, count = accelerator.reduce(totals, "sum").tolist()
     model.train(was_training)
     if count == 0:
@@ -124,12 +129,23 @@ def to_device(batch: Batch, device: torch.device, channels_last: bool) -> tuple[
     return images, batch.targets.to(device, non_blocking=True)
 
 
-def _sums(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _sums(
+    logits: torch.Tensor, targets: torch.Tensor, columns: Sequence[int] | None, right: torch.Tensor | None
+) -> torch.Tensor:
     """Loss, correct in the first guess, in the first five, and number, summed over the labelled samples."""
     classes = logits.shape[1]
     if int(targets.max()) >= classes:
         raise ConfigError(f"the data has a label {int(targets.max())}, the model only {classes} classes")
+    if columns is not None:
+        place = torch.full((classes,), NO_LABEL, device=targets.device)
+        place[list(columns)] = torch.arange(len(columns), device=targets.device)
+        logits, classes = logits[:, list(columns)], len(columns)
+        targets = torch.where(targets == NO_LABEL, NO_LABEL, place[targets])
+    if right is not None:
+        targets = torch.where(right.any(1), targets, NO_LABEL)
     counted = targets != NO_LABEL
     ranked = logits.topk(min(5, classes), dim=1).indices == targets[:, None]  # a NO_LABEL target matches nothing
+    if right is not None:
+        ranked = right.gather(1, logits.topk(min(5, classes), dim=1).indices) & counted[:, None]
     loss = F.cross_entropy(logits, targets, ignore_index=NO_LABEL, reduction="sum")
     return torch.stack([loss, ranked[:, 0].sum(), ranked.any(1).sum(), counted.sum()])

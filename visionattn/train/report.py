@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import platform
+import resource
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
@@ -18,9 +19,9 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from visionattn import __version__
-from visionattn.train.checkpoint import write_atomically
 from visionattn.train.cli import to_yaml
 from visionattn.train.errors import require
+from visionattn.train.files import write_atomically
 
 
 class Report:
@@ -98,16 +99,39 @@ class Report:
             self._events.close()
 
 
+def peak_memory(device: torch.device) -> float:
+    """Megabytes (10^6 bytes) that this process held at most: of tensors on a GPU, else of everything."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB, on macOS in bytes
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes."""
+    return {
+        "visionattn": __version__, "torch": torch.__version__, "timm": timm.__version__,
+        "accelerate": accelerate.__version__, "python": platform.python_version(),
+    }  # fmt: skip
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    names = Path("/proc/cpuinfo")
+    lines = names.read_text().splitlines() if names.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
 def describe_run(cfg: Any, device: torch.device, world: int) -> str:
     """The text of `args.yaml`: every argument, below comments that name versions, device and time."""
     when = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return to_yaml(
         cfg,
         header=[
-            f"visionattn {__version__}, torch {torch.__version__}, timm {timm.__version__}, "
-            f"accelerate {accelerate.__version__}, Python {platform.python_version()}",
-            f"{world} x {device.type} ({name}), {when}",
+            ", ".join(f"{name} {version}" for name, version in versions().items()),
+            f"{world} x {device.type} ({device_name(device)}), {when}",
         ],
     )
 
@@ -117,6 +141,7 @@ def epoch_line(row: Mapping[str, Any], epochs: int) -> str:
     ema = f" (ema {row['eval_ema_top1']:.2f})" if "eval_ema_top1" in row else ""
     return (
         f"epoch {row['epoch'] + 1:>3}/{epochs}  loss {row['train_loss']:.4f}  val loss {row['eval_loss']:.4f}  "
-        f"top1 {row['eval_top1']:.2f}{ema}  lr {row['lr']:.2e}  {row['images_per_second']:.0f} img/s  "
-        f"data wait {100 * row['data_wait']:.0f} %  {row['seconds']:.0f} s"
+        f"top1 {row['eval_top1']:.2f}{ema}  lr {row['lr']:.2e}  {row['images_per_second']:.0f} img/s "
+        f"(input {row['input_images_per_second']:.0f})  data wait {100 * row['data_wait']:.0f} %  "
+        f"{row['seconds']:.0f} s"
     )

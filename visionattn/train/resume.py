@@ -11,18 +11,20 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
+from visionattn.train import sharding
 from visionattn.train.checkpoint import StateStore, read_state
 from visionattn.train.errors import CheckpointError, ConfigError
 from visionattn.train.setup import Parts
+from visionattn.train.streams import StreamSamples
 
 # What may differ between a run and its continuation without changing what it computes.
 _FREE = {
     "resume", "overwrite", "output", "experiment", "workers", "pin_mem", "log_interval", "recovery_interval",
     "time_limit", "progress", "tensorboard", "data_dir", "checkpoint_hist", "max_bad_images", "initial_checkpoint",
-    "pretrained", "keep_classifier", "dataset_download", "validation_batch_size",
+    "pretrained", "keep_classifier", "dry_run", "dataset_download", "validation_batch_size",
 }  # fmt: skip
 # What must not differ in the middle of an epoch.
-_SHAPE = {"batch_size", "grad_accum_steps", "seed", "dataset", "train_split", "aug_repeats", "processes"}
+_SHAPE = {"batch_size", "grad_accum_steps", "seed", "dataset", "train_split", "aug_repeats", "processes", "workers"}
 # What an optimiser's groups take from the configuration rather than from a state whose configuration differed.
 _HYPER = {"lr", "initial_lr", "lr_scale", "weight_decay", "betas", "eps", "momentum"}
 
@@ -46,21 +48,26 @@ def save_state(parts: Parts, at: Progress, store: StateStore) -> None:
     Raises:
         CheckpointError: the state could not be written; earlier ones are still there.
     """
-    model = parts.accelerator.get_state_dict(parts.model)
     at.unreadable = sorted(set(gather_object(at.unreadable)))
-    if not parts.accelerator.is_main_process:
+    sharded = sharding.is_sharded(parts.accelerator)
+    if not sharded and not parts.accelerator.is_main_process:
         return
     scaler = parts.accelerator.scaler
     state = {
         **dataclasses.asdict(at),
         "config": _plain(parts),
-        "model": model,
+        "model": parts.plain_model().state_dict(),
         "ema": parts.ema.module.state_dict() if parts.ema is not None else None,
         "optimizer": parts.optimizer.state_dict(),
         "scheduler": parts.scheduler.state_dict() if parts.scheduler is not None else None,
         "scaler": scaler.state_dict() if scaler is not None else None,
     }
-    store.save(state, at.update)
+    if sharded:
+        sharding.save_shards(store.path(at.update), state, parts.accelerator)
+        if parts.accelerator.is_main_process:
+            store.prune()
+    else:
+        store.save(state, at.update)
 
 
 def find_run(parts: Parts) -> tuple[Path, dict[str, Any] | None]:
@@ -79,7 +86,7 @@ def find_run(parts: Parts) -> tuple[Path, dict[str, Any] | None]:
         return folder, StateStore(folder / "state").newest(report)
     if cfg.resume is not None:
         source = Path(cfg.resume)
-        if source.is_file():
+        if source.is_file() or source.parent.name == "state":
             return folder if cfg.experiment else source.parent.parent, read_state(source)
         state = StateStore(source / "state").newest(report)
         if state is None:
@@ -106,6 +113,8 @@ def restore(parts: Parts, state: dict[str, Any]) -> Progress:
     """
     mine, theirs = _plain(parts), state["config"]
     changed = [key for key in mine if key not in _FREE and mine[key] != theirs.get(key)]
+    if isinstance(parts.loader.samples, StreamSamples) and max(mine["workers"], 1) != max(theirs["workers"], 1):
+        changed.append("workers")  # these decide who reads which shard
     said = ", ".join(f"{key} {theirs.get(key)} -> {mine[key]}" for key in changed)
     if state["batch"] and _SHAPE & set(changed):
         raise ConfigError(f"the state is in the middle of an epoch, so this cannot change now: {said}")
@@ -117,10 +126,10 @@ def restore(parts: Parts, state: dict[str, Any]) -> Progress:
         for saved, group in zip(state["optimizer"]["param_groups"], own, strict=False):
             saved.update({key: value for key, value in group.items() if key in _HYPER})
     try:
-        parts.plain_model().load_state_dict(state["model"])
-        parts.optimizer.load_state_dict(state["optimizer"])
+        sharding.load_model(parts.plain_model(), state["model"])
+        sharding.load_optimizer(parts.optimizer, state["optimizer"])
         if parts.ema is not None:
-            parts.ema.module.load_state_dict(state["ema"])
+            sharding.load_model(parts.ema.module, state["ema"])
     except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(f"the state belongs to another model ({theirs['model']}): {error}") from error
     at = Progress(**{field.name: state[field.name] for field in dataclasses.fields(Progress)})

@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from timm.data import Mixup
+from accelerate.utils import DistributedType
+from timm.data import Mixup, resolve_model_data_config
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.utils.data import IterableDataset
 
+from visionattn.train import sharding
 from visionattn.train.build import (
     build_loss,
     build_model,
@@ -24,17 +27,10 @@ from visionattn.train.build import (
 )
 from visionattn.train.checkpoint import load_weights
 from visionattn.train.config import TrainConfig
-from visionattn.train.data import (
-    DataConfig,
-    Loader,
-    check_classes,
-    class_names,
-    open_dataset,
-    seed_all,
-    train_loader,
-    val_loader,
-)
+from visionattn.train.data import DataConfig, Loader, check_classes, class_names, open_dataset, train_loader, val_loader
+from visionattn.train.distill import Distillation
 from visionattn.train.errors import ConfigError
+from visionattn.train.seeds import seed_all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +48,8 @@ class Parts:
     optimizer: AcceleratedOptimizer
     scheduler: Scheduler | None
     ema: ModelEmaV3 | None
-    loss: nn.Module
+    loss: nn.Module  # of the labels
+    distillation: Distillation | None
     mixup: Mixup | None
     epochs: int  # with the cool-down
     batches: int  # of one process in an epoch
@@ -96,6 +93,11 @@ def assemble(cfg: TrainConfig) -> Parts:
     seed_all(cfg.seed)
     dataset, val_set, names = _datasets(cfg)
     cfg = _with_classes(cfg, names)
+    if sharding.is_sharded(accelerator) and isinstance(val_set, IterableDataset):
+        raise ConfigError(
+            "in shards every process must see as many validation batches, which a stream does not promise: give the "
+            "validation set as a folder of images or a table (hfds/), or train without FSDP"
+        )
 
     model = _model(cfg)
     data = resolve_data(model, cfg, cfg.in_chans)
@@ -111,7 +113,12 @@ def assemble(cfg: TrainConfig) -> Parts:
     optimizer = build_optimizer(model, cfg, lr)
     if cfg.torchcompile is not None:
         model.compile(backend=cfg.torchcompile)  # in place: the names in the state dict stay
+    if sharding.is_sharded(accelerator):
+        sharding.plan(accelerator, model)
     prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
+    if sharding.is_sharded(accelerator) and ema is not None:
+        ema.module = sharding.shard_like(accelerator, ema.module)
+        ema.foreach = False  # shards and whole buffers do not go together
     scheduler, epochs = build_scheduler(optimizer, cfg, batches // cfg.grad_accum_steps)
     return Parts(
         cfg=cfg, accelerator=accelerator, dataset=dataset, names=names, data=data, loader=loader,
@@ -120,18 +127,26 @@ def assemble(cfg: TrainConfig) -> Parts:
             rank=rank, world=world, pin=pin, max_bad=cfg.max_bad_images,
         ),
         model=prepared, optimizer=prepared_optimizer, scheduler=scheduler, ema=ema,
-        loss=build_loss(cfg).to(accelerator.device), mixup=_mixup(cfg), epochs=epochs, batches=batches, lr=lr,
+        loss=build_loss(cfg).to(accelerator.device), distillation=_distillation(cfg, data, accelerator.device),
+        mixup=_mixup(cfg), epochs=epochs, batches=batches, lr=lr,
     )  # fmt: skip
 
 
 def _accelerator(cfg: TrainConfig) -> Accelerator:
+    plugin = sharding.plugin_from_launch()
+    if plugin is not None and cfg.clip_grad is not None and cfg.clip_mode != "norm":
+        raise ConfigError(f"FSDP clips gradients by their norm alone, clip_mode is {cfg.clip_mode!r}")
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             mixed_precision="no" if cfg.amp == "none" else cfg.amp, gradient_accumulation_steps=cfg.grad_accum_steps,
-            step_scheduler_with_optimizer=False,
+            step_scheduler_with_optimizer=False, fsdp_plugin=plugin,
         )  # fmt: skip
     except (ValueError, ImportError) as error:
         raise ConfigError(f"amp {cfg.amp!r} cannot run here: {error}") from error
+    if accelerator.distributed_type is DistributedType.DEEPSPEED:
+        raise ConfigError("DeepSpeed's states cannot be resumed exactly here: launch with --use_fsdp --fsdp_version 2")
+    sharding.shard_on_cpu(accelerator, plugin)
+    return accelerator
 
 
 def _with_batch_size(cfg: TrainConfig, world: int) -> TrainConfig:
@@ -188,7 +203,24 @@ def _model(cfg: TrainConfig) -> nn.Module:
         load_weights(model, cfg.initial_checkpoint, keep_classifier=cfg.keep_classifier)
     if cfg.grad_checkpointing:
         model.set_grad_checkpointing(True)
+    if cfg.teacher_model is not None and hasattr(model, "set_distilled_training"):
+        model.set_distilled_training(True)  # its token's logits beside the others
     return nn.SyncBatchNorm.convert_sync_batchnorm(model) if cfg.sync_bn else model
+
+
+def _distillation(cfg: TrainConfig, data: DataConfig, device: torch.device) -> Distillation | None:
+    if cfg.teacher_model is None:
+        return None
+    teacher = build_model(
+        cfg.teacher_model, pretrained=cfg.teacher_path is None, num_classes=cfg.num_classes, in_chans=cfg.in_chans
+    )
+    if cfg.teacher_path is not None:
+        load_weights(teacher, cfg.teacher_path)
+    wanted = resolve_model_data_config(teacher, {"in_chans": cfg.in_chans})
+    return Distillation(
+        teacher, kind=cfg.distillation_type, alpha=cfg.distillation_alpha, tau=cfg.distillation_tau, mean=data.mean,
+        std=data.std, teacher_mean=wanted["mean"], teacher_std=wanted["std"],
+    ).to(device)  # fmt: skip
 
 
 def _mixup(cfg: TrainConfig) -> Mixup | None:

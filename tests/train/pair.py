@@ -1,0 +1,106 @@
+"""What each of two gloo processes does: `python -m torch.distributed.run --nproc_per_node 2 pair.py FOLDER`.
+
+Each process begins once and does everything in turn, so that the start is paid for once; the first one writes
+`FOLDER/losses.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from tests.models.variants import TINY
+from visionattn.train import TrainConfig, train
+from visionattn.train import engine as engine_module
+from visionattn.train.engine import _Run
+from visionattn.train.setup import assemble
+from visionattn.train.signals import StopSignal
+
+STEPS = 20
+FAMILIES = (
+    "biformer", "dinat", "transnext", "agent_pvt", "infvit_pure", "gated_vit", "inline_swin", "mala", "litv2"
+)  # fmt: skip
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+
+
+def recipe(family: str, folder: Path, experiment: str, **changes: Any) -> TrainConfig:
+    """Twenty updates of eight digits, over all processes and without chance, on a family's small variant."""
+    name, arch = TINY[family]
+    values: dict[str, Any] = {
+        "model": name, "model_kwargs": arch, "dataset": "digits", "img_size": 64, "no_aug": True, "lr": 1e-3,
+        "global_batch_size": 8, "epochs": 1, "warmup_epochs": 0, "sched": "none", "clip_grad": 1.0, "workers": 0,
+        "output": str(folder), "experiment": experiment, "tensorboard": False, "progress": False, "overwrite": True,
+    }  # fmt: skip
+    return TrainConfig(**{**values, **changes})
+
+
+def losses(cfg: TrainConfig) -> list[float]:
+    """The losses of the first updates, each the mean over all processes and accumulated batches."""
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    run = _Run(assemble(cfg), StopSignal())
+    run.parts.model.train()
+    for module in run.parts.model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()  # statistics of half a batch are other statistics
+    found: list[float] = []
+    batches = run.parts.loader.epoch(0)
+    for update in range(STEPS):
+        parts = [run._step(next(batches), update * cfg.grad_accum_steps + i) for i in range(cfg.grad_accum_steps)]
+        found.append(float(run.accelerator.reduce(torch.stack(parts).mean(), "mean")))
+    return found
+
+
+def resumable(folder: Path, experiment: str, **changes: Any) -> TrainConfig:
+    """A run with everything in its state, whose epoch has three updates."""
+    return recipe(
+        "gated_vit", folder, experiment, dataset="", data_dir=str(folder / "images"), epochs=2, drop_path=0.2,
+        mixup=0.5, model_ema=True, model_ema_decay=0.5, log_interval=1, sched="cosine", overwrite=False, **changes,
+    )  # fmt: skip
+
+
+def stopped_and_resumed(folder: Path, name: str) -> None:
+    """A whole run, and one that the first process is told to stop in the middle of its second epoch."""
+    train(resumable(folder, f"{name}-whole"))
+    step = engine_module._Run._step
+
+    def stepping(run: Any, batch: Any, number: int) -> torch.Tensor:
+        loss = step(run, batch, number)
+        if run.at.update == 4 and run.accelerator.is_main_process:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss
+
+    engine_module._Run._step = stepping  # type: ignore[method-assign]
+    result = train(resumable(folder, f"{name}-part"))
+    engine_module._Run._step = step  # type: ignore[method-assign]
+    assert result.stopped_by == signal.SIGTERM
+    assert len(result.history) == 1
+    train(resumable(folder, f"{name}-part", resume="auto"))
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    found: dict[str, dict[str, list[float]]] = {}
+    for kind, variables in (("ddp", {}), ("fsdp", FSDP)):
+        os.environ.update(variables)
+        found[kind] = {family: losses(recipe(family, folder, kind)) for family in FAMILIES}
+        found[kind]["accumulated"] = losses(recipe("mala", folder, kind, grad_accum_steps=2))
+        found[kind]["bf16"] = losses(recipe("mala", folder, kind, amp="bf16"))
+        found[kind]["checkpointed"] = losses(recipe("mala", folder, kind, grad_checkpointing=True, drop_path=0.2))
+        AcceleratorState._reset_state()
+        stopped_and_resumed(folder, kind)
+    if int(os.environ["RANK"]) == 0:
+        (folder / "losses.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,190 @@
+"""Two real processes (gloo, on the CPU) train as one: DDP and FSDP2, families, accumulation, resuming, launching."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import yaml
+
+from tests.models.variants import TINY
+from tests.models.variants import tiny as tiny_model
+from tests.train import pair
+from tests.train.conftest import make_images
+from tests.train.test_engine import same, weights
+from visionattn.train import CheckpointError, ConfigError, TrainConfig, load_model, train
+from visionattn.train.checkpoint import StateStore, read_state
+from visionattn.train.cli import to_yaml
+from visionattn.train.setup import assemble
+from visionattn.train.sharding import block_classes
+
+REPOSITORY = Path(__file__).parents[2]
+Tiny = Callable[..., TrainConfig]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY), **more}
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """What two processes did."""
+    folder = tmp_path_factory.mktemp("pair")
+    make_images(folder / "images")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, str(REPOSITORY / "tests" / "train" / "pair.py"), str(folder)], capture_output=True, text=True,
+        env=environment(), timeout=1500, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder, json.loads((folder / "losses.json").read_text())
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_losses_of_one(both: tuple[Path, dict[str, Any]]) -> None:
+    folder, found = both
+    for family in pair.FAMILIES:
+        one = pair.losses(pair.recipe(family, folder, "one"))
+        for kind in ("ddp", "fsdp"):
+            two = found[kind][family]
+            assert len(two) == pair.STEPS
+            assert two == pytest.approx(one, rel=0, abs=1e-5), (family, kind)
+        assert max(one) - min(one) > 1e-2  # it trains
+
+
+@pytest.mark.slow
+def test_accumulation_keeps_the_global_batch_and_its_losses(both: tuple[Path, dict[str, Any]]) -> None:
+    folder, found = both
+    cfg = pair.recipe("mala", folder, "one")
+    assert assemble(cfg).global_batch == 8
+    one = pair.losses(cfg)
+    for kind in ("ddp", "fsdp"):
+        assert found[kind]["accumulated"] == pytest.approx(one, rel=0, abs=1e-5), kind
+
+
+@pytest.mark.slow
+def test_sharding_changes_nothing_else(both: tuple[Path, dict[str, Any]]) -> None:
+    """Mixed precision and checkpointing, with the same random numbers in the recomputation."""
+    folder, found = both
+    for name in ("bf16", "checkpointed"):
+        assert found["fsdp"][name] == pytest.approx(found["ddp"][name], rel=0, abs=1e-5), name
+    one = pair.losses(pair.recipe("mala", folder, "one"))
+    assert found["fsdp"]["bf16"] != pytest.approx(one, rel=0, abs=1e-5)
+    assert found["fsdp"]["bf16"] == pytest.approx(one, rel=0, abs=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_resume_to_the_bit(kind: str, both: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = both
+    whole, part = (folder / f"{kind}-{name}" for name in ("whole", "part"))
+    for name in ("last", "last_ema", "model_best"):
+        assert same(weights(whole, name), weights(part, name))
+    states = [StateStore(run / "state").newest(print) for run in (whole, part)]
+    assert states[0] is not None
+    assert states[1] is not None
+    for name in ("model", "ema"):
+        assert same(states[0][name], states[1][name])
+    for key, value in states[0]["optimizer"]["state"].items():
+        assert same(value, states[1]["optimizer"]["state"][key])
+
+
+@pytest.mark.slow
+def test_shards_are_put_together(both: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
+    """One process continues what two began in shards; the weights are whole files; a lost part is noticed."""
+    folder, _ = both
+    run = folder / "fsdp-whole"
+    newest = StateStore(run / "state").files()[0]
+    assert sorted(file.name for file in newest.iterdir()) == ["process-0000.pt", "process-0001.pt"]
+    sizes = [file.stat().st_size for file in newest.iterdir()]
+    assert min(sizes) > 0.7 * max(sizes)  # each holds its half
+    whole = read_state(newest)
+    model, info = load_model(run / "last.safetensors")
+    assert info.metrics["loss"] == whole["history"][-1]["eval_loss"]
+    assert same(model.state_dict(), whole["model"])
+    assert same(load_model(run / "last_ema.safetensors")[0].state_dict(), whole["ema"])
+
+    more = pair.resumable(folder, "fsdp-whole", resume="auto")
+    result = train(TrainConfig(**{**vars(more), "epochs": 3}))
+    assert [row["epoch"] for row in result.history] == [0, 1, 2]
+    assert "processes 2 -> 1" in capsys.readouterr().out
+
+    part = folder / "fsdp-part" / "state"
+    before = len(StateStore(part).files())
+    (StateStore(part).files()[0] / "process-0001.pt").unlink()
+    with pytest.raises(CheckpointError, match="has 1 of 2 processes' parts"):
+        read_state(StateStore(part).files()[0])
+    older = StateStore(part).newest(print)
+    assert before == 2
+    assert older is not None
+    assert older["update"] < whole["update"]
+
+
+@pytest.mark.slow
+def test_accelerate_launches_sharded_training(images: Path, tiny: Tiny, tmp_path: Path) -> None:
+    name, arch = TINY["biformer"]
+    cfg = tiny(
+        model=name, model_kwargs=arch, img_size=64, global_batch_size=8, batch_size=4, model_ema=True, clip_grad=1.0,
+        drop_path=0.2, epochs=1, mixup=0.2,
+    )  # fmt: skip
+    (tmp_path / "run.yaml").write_text(to_yaml(cfg))
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2", "--num_processes", "2",
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+        "--fsdp_activation_checkpointing", "true", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP",
+        str(REPOSITORY / "tools" / "train.py"), str(tmp_path / "run.yaml"),
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment(ACCELERATE_USE_CPU="true"), timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "2 x cpu" in done.stdout
+    run = Path(cfg.output) / "run"
+    assert yaml.safe_load((run / "args.yaml").read_text())["batch_size"] == 4
+    (state,) = StateStore(run / "state").files()
+    assert state.is_dir()
+    model, _ = load_model(run / "model_best.safetensors")
+    assert same(model.state_dict(), read_state(state)["ema"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "variables", "message"),
+    [
+        ({}, {"FSDP_VERSION": "1"}, "fsdp_version 2"),
+        ({"clip_grad": 1.0, "clip_mode": "agc"}, {}, "by their norm alone, clip_mode is 'agc'"),
+    ],
+)
+def test_what_shards_cannot_do(
+    changes: dict[str, Any], variables: dict[str, str], message: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {**pair.FSDP, **variables}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        train(tiny(**changes))
+
+
+@pytest.mark.parametrize("family", sorted(TINY))
+def test_every_family_is_cut_into_its_blocks(family: str) -> None:
+    model = tiny_model(family)
+    classes = block_classes(model)
+    blocks = [module for module in model.modules() if type(module).__name__ in classes]
+    held = sum(parameter.numel() for block in blocks for parameter in block.parameters())
+    assert len(blocks) >= 2
+    assert held > 0.5 * sum(parameter.numel() for parameter in model.parameters())
+    assert not any(inner in blocks for block in blocks for inner in list(block.modules())[1:])
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "davit_tiny", "shvit_s1"])
+def test_timms_models_are_cut_into_their_blocks(name: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    blocks = [module for module in model.modules() if type(module).__name__ in block_classes(model)]
+    assert len(blocks) > 5
