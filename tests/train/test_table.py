@@ -96,9 +96,10 @@ def test_reassessed_labels() -> None:
     right[0, [0, 6]] = right[1, 4] = right[2, 5] = True  # the last has no label at all
     _, first, _, count = _sums(logits, torch.tensor([1, 1, 1, 1]), None, right).tolist()
     assert (first, count) == (1, 3)
-    labels = real_labels(["a/ILSVRC2012_val_00000001.JPEG", "ILSVRC2012_val_00050000.JPEG"], 1000)
+    labels = real_labels(["a/ILSVRC2012_val_00000002.JPEG", "ILSVRC2012_val_00000001.JPEG"], 1000)
     assert labels.shape == (2, 1000)
-    assert labels[0].nonzero().flatten().tolist() == [65]
+    assert labels[0].nonzero().flatten().tolist() == [795, 970]
+    assert labels[1].nonzero().flatten().tolist() == []
     with pytest.raises(DataError, match="no validation image of ImageNet"):
         real_labels(["ILSVRC2012_val_00050001.JPEG"], 1000)
 
