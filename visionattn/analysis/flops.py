@@ -152,7 +152,11 @@ class _Formula:
         return None
 
     def forward(self, *args: Any) -> Tensor:
-        self.add(self.op, MACS[self.op](*args))
+        macs = MACS[self.op](*args)
+        if macs:
+            self.add(self.op, macs)
+        if self.op == "sigmoid_gate":
+            return torch.empty_like(args[0])
         q, _, v = args[:3]
         tokens = (*q.shape[:2], 1) if "linear" in args and self.op == "infinite_attention" else q.shape[:-1]
         return v.new_empty((*tokens, v.shape[-1]))
@@ -203,6 +207,10 @@ def _routed(q: Tensor, k: Tensor, v: Tensor, index: Tensor, grid: Size, scale: f
     return _queries(q, v) * index.shape[2] * tokens
 
 
+def _sigmoid_gate(y: Tensor, logits: Tensor, scale: float) -> int:
+    return 0  # one product an element, as an activation
+
+
 def _window(q: Tensor, k: Tensor, v: Tensor, window: Size, *_: Any) -> int:
     return _queries(q, v) * window[0] * window[1]
 
@@ -218,6 +226,7 @@ MACS: dict[str, Callable[..., int]] = {
     "linear_attention": _linear,
     "neighborhood_attention": _neighborhood,
     "routed_attention": _routed,
+    "sigmoid_gate": _sigmoid_gate,
     "window_attention": _window,
 }
 
