@@ -12,14 +12,13 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from timm.data import ImageNetInfo
 
 from visionattn.train import CheckpointError, ConfigError, DataError, ValidateConfig, validate_table
 from visionattn.train import table as table_module
-from visionattn.train.benchmarks import open_benchmarks, real_labels
+from visionattn.train.benchmarks import open_benchmarks, real_labels, synsets
 from visionattn.train.evaluate import _sums
 
-SYNSETS = ImageNetInfo().label_names()
+SYNSETS = synsets("imagenet")
 
 
 def write(folder: Path, names: list[str]) -> None:
@@ -39,7 +38,7 @@ def sets(tmp_path: Path) -> dict[str, str]:
         Image.new("RGB", (32, 32), (number % 255, 9, 9)).save(folder / f"ILSVRC2012_val_{number:08d}.JPEG")
     write(root / "v2" / "10", ["x"])
     write(root / "v2" / "9", ["x"])
-    own = ImageNetInfo("imagenet-a").label_names()
+    own = synsets("imagenet_a")
     write(root / "a" / own[3], ["x"])
     write(root / "c" / "weather" / "fog" / "1" / SYNSETS[5], ["x"])
     write(root / "c" / "weather" / "fog" / "5" / SYNSETS[5], ["x"])
@@ -71,7 +70,7 @@ def test_labels_of_the_sets(sets: dict[str, str]) -> None:
     columns = found["a"].columns
     assert columns is not None
     assert len(columns) == 200
-    assert [SYNSETS[label] for label in columns] == ImageNetInfo("imagenet-a").label_names()
+    assert [SYNSETS[label] for label in columns] == synsets("imagenet_a")
     assert found["real"].real
     assert found["real"].folder == found["imagenet"].folder
     with pytest.raises(ConfigError, match="unknown set imagenett; known: imagenet, real"):

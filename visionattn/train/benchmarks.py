@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from timm.data import ImageNetInfo
 from torch import Tensor
 
 from visionattn.train.errors import ConfigError, DataError
@@ -52,7 +51,7 @@ def open_benchmarks(sets: dict[str, str]) -> list[Benchmark]:
     unknown = sorted(set(sets) - set(SETS))
     if unknown:
         raise ConfigError(f"unknown set {', '.join(unknown)}; known: {', '.join(SETS)}")
-    label_of = {name: label for label, name in enumerate(ImageNetInfo().label_names())}
+    label_of = {name: label for label, name in enumerate(synsets("imagenet"))}
     found = []
     for name, path in sets.items():
         folder = Path(path)
@@ -63,7 +62,7 @@ def open_benchmarks(sets: dict[str, str]) -> list[Benchmark]:
             continue
         folder = next((folder / split for split in _SPLITS if (folder / split).is_dir()), folder)
         if name in ("a", "r"):
-            own = ImageNetInfo(f"imagenet-{name}").label_names()
+            own = synsets(f"imagenet_{name}")
             columns = tuple(label_of[synset] for synset in own)
             found.append(Benchmark(name, folder, {synset: label_of[synset] for synset in own}, columns))
         elif name == "v2":
@@ -71,6 +70,18 @@ def open_benchmarks(sets: dict[str, str]) -> list[Benchmark]:
         else:
             found.append(Benchmark(name, folder, label_of, real=name == "real"))
     return found
+
+
+def synsets(name: str) -> list[str]:
+    """WordNet identifiers of the classes of ``imagenet``, ``imagenet_a`` or ``imagenet_r``, by label."""
+    return _shipped(f"{name}_synsets.txt").split()
+
+
+def _shipped(file: str) -> str:
+    """Text of a file that timm ships."""
+    data = pkgutil.get_data("timm.data", f"_info/{file}")
+    assert data is not None
+    return data.decode()
 
 
 def _corruptions(root: Path) -> list[str]:
@@ -96,9 +107,7 @@ def real_labels(files: Sequence[str], classes: int) -> Tensor:
     Raises:
         DataError: a file is not one of ImageNet's validation images.
     """
-    data = pkgutil.get_data("timm.data", "_info/imagenet_real_labels.json")
-    assert data is not None
-    labels = json.loads(data)
+    labels = json.loads(_shipped("imagenet_real_labels.json"))
     accepted = torch.zeros(len(files), classes, dtype=torch.bool)
     for row, file in enumerate(files):
         number = Path(file).stem.rpartition("_")[2]
