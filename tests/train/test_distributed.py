@@ -42,7 +42,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*command, str(REPOSITORY / "tests" / "train" / "pair.py"), str(folder)], capture_output=True, text=True,
-        env=environment(), timeout=1500, check=False,
+        env=environment(), timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     return folder, json.loads((folder / "losses.json").read_text())

@@ -55,11 +55,11 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(seed: int, tiny
             kind = kinds[attempt % len(kinds)]
             assert process.pid is not None
             os.kill(process.pid, kind)
-            process.join(30)
+            process.join(600)
             assert process.exitcode in ((-kind,) if kind is signal.SIGKILL else (128 + kind, 0)), log.read_text()
             used.add(kind)
         else:
-            process.join(30)
+            process.join(600)
         if process.exitcode == 0:
             break
     assert len(used) == 3
@@ -82,7 +82,7 @@ def test_a_disk_that_is_really_full(tiny: Tiny, tmp_path: Path) -> None:
     saved = {file.name: file.read_bytes() for file in (folder / "state").iterdir()}
     log = tmp_path / "log"
     process = start(tiny(epochs=3, experiment="full", resume="auto"), log, largest_file=(small + large) // 2)
-    process.join(60)
+    process.join(600)
     said = log.read_text()
     assert process.exitcode == 1, said
     assert "error: could not write" in said
