@@ -4,10 +4,10 @@ from torch import Tensor
 
 from visionattn.ops._check import check_tokens
 from visionattn.ops._dispatch import Impl, choose
-from visionattn.ops.agent_attention import eager, reference
+from visionattn.ops.agent_attention import eager, reference, triton
 from visionattn.ops.agent_attention._bias import AgentBias
 
-IMPLS = {"eager": eager, "reference": reference}
+IMPLS = {"triton": triton, "eager": eager, "reference": reference}
 
 
 def agent_attention(
