@@ -1,4 +1,8 @@
-"""RetinaNet with BiFormer-T on blood cells (BCCD: 292 + 72 images, 3 classes), from scratch, small."""
+"""RetinaNet with BiFormer-T on blood cells (BCCD: 292 + 72 images, 3 classes), from scratch, small.
+
+Reached on the 72 validation images, 2026-11-25, torch 2.11, one thread of a two-core CPU that was busy with other work:
+box AP50 0 before training, 55.0 / 59.2 / 69.6 / 75.5 after 1 / 2 / 3 / 4 epochs (AP 42.1); the fifth was not measured.
+"""
 
 custom_imports = dict(imports=["visionattn.dense"])
 default_scope = "mmdet"

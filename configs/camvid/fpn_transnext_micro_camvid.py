@@ -1,4 +1,8 @@
-"""Semantic FPN with TransNeXt-Micro on street scenes (CamVid: 367 + 101 images, 11 classes), from scratch, small."""
+"""Semantic FPN with TransNeXt-Micro on street scenes (CamVid: 367 + 101 images, 11 classes), from scratch, small.
+
+Reached on the 101 validation images, 2026-11-25, torch 2.11, one thread of a two-core CPU that was busy with other
+work: mIoU 3.4 before training, 27.6 / 34.4 / 38.0 after 4 / 8 / 12 epochs; the other twelve were not measured.
+"""
 
 custom_imports = dict(imports=["visionattn.dense"])
 default_scope = "mmseg"
