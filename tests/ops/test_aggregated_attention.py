@@ -92,11 +92,11 @@ def test_what_every_implementation_must_pass() -> None:
     tensors = [x.requires_grad_() for x in (q, k, v, k_pool, v_pool, bias_local, bias_pool, extra)]
     torch.library.opcheck(torch.ops.visionattn.aggregated_attention_chunked, [x.detach() for x in tensors])
     torch.library.opcheck(
-        torch.ops.visionattn.aggregated_attention_chunked_backward, [*(x.detach() for x in tensors), randn(*v.shape)]
+        torch.ops.visionattn.aggregated_attention_chunked_backward, [randn(*v.shape), *(x.detach() for x in tensors)]
     )
     torch.library.opcheck(
         torch.ops.visionattn.aggregated_attention_chunked_backward,
-        [*(x.detach() for x in tensors[:-1]), None, randn(*v.shape)],
+        [randn(*v.shape), *(x.detach() for x in tensors[:-1]), None],
     )
 
 

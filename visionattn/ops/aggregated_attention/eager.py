@@ -8,12 +8,13 @@ map. The backward pass computes the weights again, so that nothing quadratic is 
 import math
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from visionattn.ops._dispatch import exporting
+from visionattn.ops._register import differentiable
 from visionattn.ops._tiles import tiles
 
 CHUNK_BYTES = {"cpu": 2**23}  # of weights in a chunk: within a last-level cache, and few enough chunks
@@ -45,7 +46,8 @@ def forward(
     extra: Tensor | None,
 ) -> Tensor:
     """Attend chunk by chunk."""
-    return _aggregated(q, k, v, k_pool, v_pool, bias_local, bias_pool, extra)
+    out: Tensor = _aggregated(q, k, v, k_pool, v_pool, bias_local, bias_pool, extra)
+    return out
 
 
 class _Chunk(NamedTuple):
@@ -195,19 +197,7 @@ class _Softmax:
         return out
 
 
-# The chunk loop is opaque to compilers: its trip count depends on the shape and must not be unrolled.
-_TENSORS = (
-    "Tensor q, Tensor k, Tensor v, Tensor k_pool, Tensor v_pool, Tensor bias_local, Tensor bias_pool, Tensor? extra"
-)
-torch.library.define("visionattn::aggregated_attention_chunked", f"({_TENSORS}) -> Tensor")
-torch.library.define(
-    "visionattn::aggregated_attention_chunked_backward",
-    f"({_TENSORS}, Tensor dout) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor?)",
-)
-
-
-@torch.library.impl("visionattn::aggregated_attention_chunked", "default")
-def _forward_op(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -245,8 +235,8 @@ def _local_weights(window: _Window, attn: Tensor, extra: Tensor | None) -> Tenso
     return window.fill_outside(torch.add(attn, x, out=torch.empty_like(attn)), 0.0)
 
 
-@torch.library.impl("visionattn::aggregated_attention_chunked_backward", "default")
-def _backward_op(
+def _backward(
+    dout: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -255,14 +245,15 @@ def _backward_op(
     bias_local: Tensor,
     bias_pool: Tensor,
     extra: Tensor | None,
-    dout: Tensor,
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     window = _Window(q, bias_local.shape[1])
     queries, keys, values, grads = window.plane(q), window.padded(k), window.padded(v), window.plane(dout)
     values_pool = v_pool.to(window.dtype).contiguous()
     softmax = _softmax(window, queries, keys, k_pool, bias_local, bias_pool)
     dlocal = window.products(grads, values)
-    dextra = None if extra is None else window.map(window.fill_outside(dlocal.clone(), 0.0)).to(extra.dtype)
+    dextra = (
+        dout.new_empty(0) if extra is None else window.map(window.fill_outside(dlocal.clone(), 0.0)).to(extra.dtype)
+    )
     dq, dk_pool, dv_pool = torch.empty_like(queries), torch.zeros_like(softmax.k_pool), torch.zeros_like(values_pool)
     dbias_pool = (queries.new_empty if window.B else queries.new_zeros)(bias_pool.shape)  # the first image sets it
     buffers = softmax.buffer(), softmax.buffer()
@@ -303,14 +294,13 @@ def _backward_op(
     )
 
 
-def _planes_like(x: Tensor, dim: int) -> Tensor:
-    """Fake result of `_Planes.map`: ``(B, h, H, W, dim)`` that lies in memory as ``(B, h, dim, H, W)``."""
-    B, h, H, W, _ = x.shape
+def _planes_like(x: Tensor) -> Tensor:
+    """Fake result of `_Window.map`: ``(B, h, H, W, dim)`` that lies in memory as ``(B, h, dim, H, W)``."""
+    B, h, H, W, dim = x.shape
     return x.new_empty(B, h, dim, H * W).transpose(2, 3).unflatten(2, (H, W))
 
 
-@torch.library.register_fake("visionattn::aggregated_attention_chunked")
-def _(
+def _fake(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -320,11 +310,11 @@ def _(
     bias_pool: Tensor,
     extra: Tensor | None,
 ) -> Tensor:
-    return _planes_like(v, v.shape[-1])
+    return _planes_like(v)
 
 
-@torch.library.register_fake("visionattn::aggregated_attention_chunked_backward")
-def _(
+def _fake_backward(
+    dout: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -333,37 +323,13 @@ def _(
     bias_local: Tensor,
     bias_pool: Tensor,
     extra: Tensor | None,
-    dout: Tensor,
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Tensor, ...]:
     return (
-        *(_planes_like(x, x.shape[-1]) for x in (q, k, v)),
+        *(_planes_like(x) for x in (q, k, v)),
         *(x.new_empty(x.shape) for x in (k_pool, v_pool, bias_local, bias_pool)),
-        None if extra is None else _planes_like(extra, extra.shape[-1]),
+        dout.new_empty(0) if extra is None else _planes_like(extra),
     )
 
 
-class _Aggregated(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        k_pool: Tensor,
-        v_pool: Tensor,
-        bias_local: Tensor,
-        bias_pool: Tensor,
-        extra: Tensor | None,
-    ) -> Tensor:
-        return torch.ops.visionattn.aggregated_attention_chunked(q, k, v, k_pool, v_pool, bias_local, bias_pool, extra)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        return torch.ops.visionattn.aggregated_attention_chunked_backward(*ctx.saved_tensors, dout)
-
-
-_aggregated = _Aggregated.apply
+# The chunk loop is opaque to compilers: its trip count depends on the shape and must not be unrolled.
+_aggregated = differentiable("aggregated_attention_chunked", _forward, _fake, _backward, fake_backward=_fake_backward)
