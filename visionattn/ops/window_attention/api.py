@@ -4,9 +4,9 @@ from torch import Tensor
 
 from visionattn.ops._check import check_maps
 from visionattn.ops._dispatch import Impl, choose
-from visionattn.ops.window_attention import eager, reference
+from visionattn.ops.window_attention import eager, reference, triton
 
-IMPLS = {"eager": eager, "reference": reference}
+IMPLS = {"triton": triton, "eager": eager, "reference": reference}
 
 Pair = int | tuple[int, int]
 
