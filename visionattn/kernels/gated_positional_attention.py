@@ -115,7 +115,7 @@ def _along(
         lambda b: B * h * lines * triton.cdiv(size, b["BLOCK_I"]),
         *(x, position, axes, content, gate, y, *(s for t in (x, content, y) for s in _line_strides(t, axis))),
         *(h, lines, size, H + W, LOG2E),
-        configs=_axis_configs(x.dtype, size, 64, warps=4, stages=2),
+        configs=_axis_configs(x.dtype, size),
         **{"AXIS": axis, "MIX": mix is not None, "DV": dv, "BLOCK_DV": block(dv)},
     )
 
@@ -130,7 +130,7 @@ def _along_backward(axis: int, dy: Tensor, x: Tensor, position: Tensor, axes: Te
         lambda b: B * h * lines,
         *(dy, x, position, axes, dx, sums, *(s for t in (dy, x, dx) for s in _line_strides(t, axis))),
         *(h, lines, size, H + W, LOG2E),
-        configs=_axis_configs(x.dtype, size, 32, warps=8 if x.dtype == torch.float32 else 4, stages=1),
+        configs=[Config({"BLOCK_I": 16, "BLOCK_L": 16}, warps=8 if x.dtype == torch.float32 else 4, stages=1)],
         **{"AXIS": axis, "DV": dv, "BLOCK_DV": block(dv)},
     )
     return sums.sum((0, 2))
@@ -142,10 +142,10 @@ def _line_strides(x: Tensor, axis: int) -> tuple[int, int, int, int]:
     return (b, h, y, along_x) if axis == COLUMNS else (b, h, along_x, y)
 
 
-def _axis_configs(dtype: torch.dtype, size: int, largest: int, *, warps: int, stages: int) -> list[Config]:
+def _axis_configs(dtype: torch.dtype, size: int) -> list[Config]:
     """Square blocks, no larger than a line holds tokens; half as large for operands of twice the size."""
-    side = min(block(size), largest // 2 if dtype == torch.float32 else largest)
-    return [Config({"BLOCK_I": side, "BLOCK_L": side}, warps, stages)]
+    side = min(block(size), 32 if dtype == torch.float32 else 64)
+    return [Config({"BLOCK_I": side, "BLOCK_L": side}, warps=4)]
 
 
 def _widths(d: int, dv: int) -> dict[str, int]:
