@@ -63,6 +63,9 @@ def test_a_comparison_runs_once(recipes: Path, tmp_path: Path, capfd: pytest.Cap
     assert compare(cfg, {"smoothing": 0.0}) == rows
     assert capfd.readouterr().out.count("done before") == 2
     assert results.read_bytes() == before
+    fewer = CompareConfig(**common, seeds=(3,), only=("test_resnet",), per_class=(6, 2))
+    assert len(compare(fewer, {"smoothing": 0.0})) == 1  # other data, so another run
+    assert "done before" not in capfd.readouterr().out
 
 
 def test_unequal_terms_and_wrong_names(recipes: Path, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def compare(cfg: CompareConfig, overrides: dict[str, Any]) -> list[Summary]:
     started, finished = time.monotonic(), 0
     for number, (name, recipe) in enumerate(planned, 1):
         label = f"{number}/{len(planned)} {name}, seed {recipe.seed}"
-        if any(row["name"] == name and row["key"] == _key(recipe) for row in rows):
+        if any(row["name"] == name and row["key"] == _key(recipe, cfg) for row in rows):
             print(f"{label}: done before", flush=True)
             continue
         left = None if cfg.time_limit is None else cfg.time_limit - (time.monotonic() - started) / 60
@@ -86,14 +86,14 @@ def compare(cfg: CompareConfig, overrides: dict[str, Any]) -> list[Summary]:
             break
         rate = f", about {(time.monotonic() - started) / finished / 60:.1f} min a run" if finished else ""
         print(f"{label}{rate}", flush=True)
-        row = _run(name, recipe, folder, left)
+        row = _run(name, recipe, folder, left, _key(recipe, cfg))
         if row is None:
             print(f"{label}: stopped; the same command continues it", flush=True)
             break
         finished += 1
         rows.append(row)
         _write(results, rows, cfg, recipes[0][1])
-    wanted = {(name, _key(recipe)) for name, recipe in planned}
+    wanted = {(name, _key(recipe, cfg)) for name, recipe in planned}
     summaries = summarise([row for row in rows if (row["name"], row["key"]) in wanted], cfg.seeds)
     if summaries:
         table = to_markdown(summaries)
@@ -137,16 +137,17 @@ def _common(recipe: TrainConfig) -> dict[str, Any]:
     return {key: value for key, value in vars(recipe).items() if key not in _OF_A_MODEL}
 
 
-def _key(recipe: TrainConfig) -> str:
+def _key(recipe: TrainConfig, cfg: CompareConfig) -> str:
     """Tells recipes apart by what decides their result."""
     beside = {"output", "experiment", "resume", "overwrite", "progress", "tensorboard", "time_limit", "data_dir"}
     values = {key: value for key, value in vars(recipe).items() if key not in beside}
+    values["per_class"] = cfg.per_class
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=list).encode()).hexdigest()[:16]
 
 
-def _run(name: str, recipe: TrainConfig, folder: Path, minutes: float | None) -> dict[str, Any] | None:
+def _run(name: str, recipe: TrainConfig, folder: Path, minutes: float | None, key: str) -> dict[str, Any] | None:
     """Train in a process of its own; ``None`` when it was stopped in order."""
-    experiment = f"{name}-{_key(recipe)}"
+    experiment = f"{name}-{key}"
     recipe = dataclasses.replace(
         recipe, output=str(folder), experiment=experiment, resume="auto", time_limit=minutes, tensorboard=False
     )
@@ -164,7 +165,7 @@ def _run(name: str, recipe: TrainConfig, folder: Path, minutes: float | None) ->
     size = recipe.img_size or 224
     return {
         "name": name, "model": recipe.model, "model_kwargs": recipe.model_kwargs, "seed": recipe.seed,
-        "key": _key(recipe), "top1": float(history[-1]["eval_top1"]), "loss": float(history[-1]["eval_loss"]),
+        "key": key, "top1": float(history[-1]["eval_top1"]), "loss": float(history[-1]["eval_loss"]),
         "parameters": sum(p.numel() for p in model.parameters()),
         "macs": count_macs(model, (recipe.in_chans, size, size)),
         "images_per_second": statistics.median(float(row["images_per_second"]) for row in history),
