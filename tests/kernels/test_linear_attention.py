@@ -53,11 +53,11 @@ def test_is_right(normalization: str, turned: bool) -> None:
     M=st.integers(1, 140),
     heads=st.integers(1, 2),
     d=st.integers(1, 20),
-    dv=st.integers(8, 40),  # with fewer, the mean error is that of a few numbers
+    dv=st.integers(1, 40),
     kind=st.sampled_from(KINDS),
     scale=st.floats(0.1, 2),
 )
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None)
 def test_any_shape(N: int, M: int, heads: int, d: int, dv: int, kind: tuple[str, bool], scale: float) -> None:
     normalization, turned = kind
     if turned:
