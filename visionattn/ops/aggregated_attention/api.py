@@ -6,9 +6,9 @@ from torch import Tensor
 
 from visionattn.ops._check import check_maps, check_tokens
 from visionattn.ops._dispatch import Impl, choose
-from visionattn.ops.aggregated_attention import eager, reference
+from visionattn.ops.aggregated_attention import eager, reference, triton
 
-IMPLS = {"eager": eager, "reference": reference}
+IMPLS = {"triton": triton, "eager": eager, "reference": reference}
 
 
 def aggregated_attention(
