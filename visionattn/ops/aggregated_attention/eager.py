@@ -19,6 +19,7 @@ from visionattn.ops._tiles import tiles
 
 CHUNK_BYTES = {"cpu": 2**23}  # of weights in a chunk: within a last-level cache, and few enough chunks
 CHUNK_BYTES_ELSEWHERE = 2**28
+WRITTEN_OUT_BYTES = 2**22  # of windows: below, the cost is that of the steps and not of the memory
 
 
 def why_not(
@@ -122,8 +123,20 @@ class _Window:
             shifts = [padded[group, :, tokens.start + o : tokens.stop + o] for o in self.offsets]
             yield (group, slice(None), tokens), x[group, :, tokens], shifts
 
+    def at_once(self, x: Tensor) -> bool:
+        """Whether all windows of planes ``(B, h, d, N)`` are small enough to be written out: fewer, larger steps."""
+        return self.cells * x.numel() * x.element_size() <= WRITTEN_OUT_BYTES
+
+    def windows(self, padded: Tensor) -> Tensor:
+        """The neighbours of all tokens, a view ``(B, h, side, side, d, N)``."""
+        batch, head, channel, _ = padded.stride()
+        size = (self.B, self.h, self.side, self.side, padded.shape[2], self.N)
+        return padded.as_strided(size, (batch, head, self.W, 1, channel, 1))
+
     def products(self, x: Tensor, padded: Tensor) -> Tensor:
         """Dot products with the neighbours: ``(B, h, cells, N)``."""
+        if self.at_once(x):
+            return (x[:, :, None, None] * self.windows(padded)).sum(dim=4).flatten(2, 3)
         out = x.new_empty(self.B, self.h, self.cells, self.N)
         for at, own, shifts in self.parts(x, padded):
             scratch = torch.empty_like(own)
@@ -134,6 +147,10 @@ class _Window:
 
     def gather(self, out: Tensor, weights: Tensor, padded: Tensor) -> None:
         """Add the neighbours, weighted by ``(B, h, cells, N)``, to ``out``."""
+        if self.at_once(out):
+            weighted = weights.unflatten(2, (self.side, self.side))[..., None, :] * self.windows(padded)
+            out += weighted.sum(dim=(2, 3))
+            return
         for at, own, shifts in self.parts(out, padded):
             for weight, neighbours in zip(weights.flatten(0, 1)[at].unbind(1), shifts, strict=True):
                 own.addcmul_(weight[:, None], neighbours)
@@ -187,14 +204,22 @@ class _Softmax:
     def weights(self, chunk: _Chunk, out: Tensor) -> Tensor:
         """The softmax of a chunk's tokens ``(G, n, cells + P)``, in ``out``."""
         q, local = (chunk.of(x)[..., chunk.tokens] for x in (self.q, self.local))
-        for i, column in enumerate(local.unbind(1)):
-            out[..., i] = column
+        _copy_columns(local.transpose(1, 2), out)
         pooled = torch.bmm(q.transpose(1, 2), chunk.of(self.k_pool).transpose(1, 2), out=out[..., self.cells :])
         chunk.by_head(pooled).add_(self.bias_pool[chunk.heads, chunk.tokens])
         torch.softmax(out, dim=2, out=out)
-        for i, column in enumerate(local.unbind(1)):
-            column.copy_(out[..., i])
+        _copy_columns(out, local.transpose(1, 2))
         return out
+
+
+def _copy_columns(source: Tensor, target: Tensor) -> None:
+    """Copy the first columns of rows ``(G, n, columns)``, as many as the narrower of the two has."""
+    count = min(source.shape[2], target.shape[2])
+    if source[..., 0].numel() * count * source.element_size() <= WRITTEN_OUT_BYTES // 8:
+        target[..., :count] = source[..., :count]
+        return
+    for i in range(count):  # one strided run after the other is faster where they are long
+        target[..., i] = source[..., i]
 
 
 def _forward(
@@ -263,12 +288,11 @@ def _backward(
         attn, dattn = (softmax.rows(b, chunk) for b in buffers)  # (G, n, cells + P)
         softmax.weights(chunk, attn)
         chunk.of(dv_pool).baddbmm_(attn[..., c:].transpose(1, 2), grad.transpose(1, 2))
-        for i, column in enumerate(chunk.of(dlocal)[..., at].unbind(1)):
-            dattn[..., i] = column
+        columns = chunk.of(dlocal)[..., at].transpose(1, 2)  # (G, n, cells)
+        _copy_columns(columns, dattn)
         torch.bmm(grad.transpose(1, 2), chunk.of(values_pool).transpose(1, 2), out=dattn[..., c:])
         dlogits = torch.ops.aten._softmax_backward_data.out(dattn, attn, 2, attn.dtype, grad_input=attn)
-        for i, column in enumerate(chunk.of(dlocal)[..., at].unbind(1)):
-            column.copy_(dlogits[..., i])
+        _copy_columns(dlogits, columns)
         pooled = dlogits[..., c:]
         by_head = chunk.by_head(pooled)
         by_head = by_head[0] if len(by_head) == 1 else by_head.sum(dim=0)
