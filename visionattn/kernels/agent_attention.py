@@ -219,8 +219,10 @@ def _runs(tokens: int, programs: int) -> tuple[int, int]:
 
 
 def _configs(dtype: torch.dtype, width: int, agents: int, *, own: str, other: str) -> list[Config]:
-    """Blocks of agents no larger than there are agents; a bias needs the registers of wide heads."""
+    """Blocks of agents no larger than there are agents; the biases take registers that other attention has to spare."""
     config = attention_configs(dtype, max(width, 64), own=own, other=other)[0]
+    if dtype != torch.float32:
+        config = Config({own: 32, other: 16}, warps=4, stages=1)
     blocks = {**config.blocks, "BLOCK_A": min(config.blocks["BLOCK_A"], block(agents))}
     return [Config(blocks, config.warps, config.stages)]
 

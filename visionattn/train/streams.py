@@ -89,7 +89,10 @@ class Shards(timm_wds.ReaderWds):
             yield Sample(f"{raw['__url__']}:{raw['__key__']}", partial(self._decode, raw))
 
     def _note(self, error: Exception) -> bool:
-        self.problems.append(describe("a shard", error))
+        # webdataset appends where it was to what the error says: the stream, whose name is a path, or the address.
+        where = getattr(error.args[-1], "name", error.args[-1])
+        error.args = error.args[:1]
+        self.problems.append(describe(f"a shard, {where}", error))
         return True
 
     def _decode(self, raw: dict[str, Any]) -> tuple[Image.Image, Any] | None:
