@@ -12,5 +12,7 @@ from hypothesis import settings
 settings.register_profile("reproducible", derandomize=True, deadline=None)
 settings.load_profile("reproducible")
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is looked up: local data sets are announced to the hub otherwise
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported
