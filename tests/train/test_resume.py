@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import random
 import signal
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,15 @@ def finished(folder: Path, epochs: int) -> bool:
     return state is not None and len(state["history"]) == epochs
 
 
+def wait_for_another_state(process: BaseProcess, folder: Path) -> float:
+    """Return the seconds it took; at once if the process has ended."""
+    began, states = time.monotonic(), set(folder.glob("*"))
+    while process.is_alive() and set(folder.glob("*")) == states:
+        assert time.monotonic() < began + 60
+        time.sleep(0.01)
+    return time.monotonic() - began
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(seed: int, tiny: Tiny, tmp_path: Path) -> None:
@@ -46,22 +57,19 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(seed: int, tiny
     used: set[int] = set()
     for attempt in range(40):
         process = start(tiny(**common, experiment="killed"), log)
-        began, states = time.monotonic(), set((folder / "state").glob("*"))
-        while process.is_alive() and set((folder / "state").glob("*")) == states:  # until it makes progress
-            assert time.monotonic() < began + 60
-            time.sleep(0.01)
-        time.sleep(chance.uniform(0, 0.4))
-        if process.is_alive() and not finished(folder, common["epochs"]):
-            kind = kinds[attempt % len(kinds)]
-            assert process.pid is not None
+        assert process.pid is not None
+        for _ in range(chance.randint(1, 2)):
+            wait_for_another_state(process, folder / "state")
+        pace = wait_for_another_state(process, folder / "state")  # so a fast machine is killed as often as a slow one
+        time.sleep(chance.uniform(0, pace))
+        kind = kinds[attempt % len(kinds)]
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself, so `finished` has to hold
             os.kill(process.pid, kind)
-            process.join(600)
-            assert process.exitcode in ((-kind,) if kind is signal.SIGKILL else (128 + kind, 0)), log.read_text()
-            used.add(kind)
-        else:
-            process.join(600)
-        if process.exitcode == 0:
+        process.join(600)
+        if finished(folder, common["epochs"]):  # a signal that came later found nothing to spoil
             break
+        assert process.exitcode == (-kind if kind is signal.SIGKILL else 128 + kind), log.read_text()
+        used.add(kind)
     assert len(used) == 3
     rest = train(tiny(**common, experiment="killed"))
     assert losses(rest.history) == losses(whole.history)
