@@ -1,10 +1,13 @@
-"""Measure side by side: `python tools/benchmark.py ops [operator ...]`, `... models name ...`, `... compare what`."""
+"""Measure side by side: `python tools/benchmark.py ops [operator ...]`, `... models name ...`, `... compare what`.
+
+`... ranks benchmarks/h100.json` makes `auto` follow what was measured."""
 
 import argparse
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from visionattn.analysis import bench, compare, kernels
+from visionattn.analysis import bench, compare, kernels, ranks
 
 LINE = "{:62} {:30} {:17} {:>10} {:>22} {:>9}"
 
@@ -35,7 +38,16 @@ def main() -> None:
     compared = commands.add_parser("compare", help=text, parents=[shared])
     compared.add_argument("what", choices=list(compare.COMPARISONS))
     compared.add_argument("--size", type=int, nargs="+", help="sides of the maps; for shvit and infvit, of the images")
+    text = "let auto follow measurements: write visionattn/ops/_ranks.py out of what `ops --device cuda` wrote"
+    ranked = commands.add_parser("ranks", help=text)
+    ranked.add_argument("files", type=Path, nargs="+", help="JSON of every GPU whose measurements count")
     args = parser.parse_args()
+    if args.command == "ranks":
+        try:
+            _ranks(args.files)
+        except ValueError as e:
+            parser.error(str(e))
+        return
     where = bench.machine(args.device)
     if args.device == "cuda":
         where |= kernels.ceilings(args.device)
@@ -70,8 +82,19 @@ def _operators(args: argparse.Namespace) -> Iterator[bench.Row]:
             continue
         for line in kernels.check(case, device=args.device):
             print(line, flush=True)
+        busy = kernels.repeated(case)
         for dtype in ("bf16", "fp32"):
-            yield from kernels.race(case, device=args.device, dtype=dtype, rounds=args.rounds)
+            yield from kernels.race(busy, device=args.device, dtype=dtype, rounds=args.rounds)
+            yield from kernels.race(case, device=args.device, dtype=dtype, rounds=args.rounds, rivals=False)
+
+
+def _ranks(files: list[Path]) -> None:
+    for key, rows in ranks.write(files).items():
+        print(*key, *(f"{row.upto or 'beyond'}: {', '.join(row.order)};" for row in rows))
+    for file in files:
+        print(f"{file}: what is faster than every implementation")
+        for line in ranks.beaten(json.loads(file.read_text())):
+            print(f"  {line}")
 
 
 def _models(args: argparse.Namespace) -> Iterator[bench.Row]:

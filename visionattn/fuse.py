@@ -288,7 +288,7 @@ class FusedSHSA(SHSA):
         # computes wrong gradients of its weight for a batch of one whose gradient has a transposed layout.
         qkv = self.qkv(self.pre_norm(attended)).split([self.qk_dim, self.qk_dim, self.pdim], dim=1)
         q, k, v = (t.flatten(2) for t in qkv)  # 3 x (B, d, N)
-        if exporting() or first_wins(PRODUCTS_WIN, H * W, x.device):
+        if exporting() or first_wins(PRODUCTS_WIN, H * W, x):
             logits = torch.baddbmm(q.new_zeros(1, 1, 1), q.transpose(1, 2), k, beta=0, alpha=self.scale)  # (B, N, N)
             y = v @ logits.softmax(dim=-1).transpose(1, 2)
         else:

@@ -1,3 +1,4 @@
+import importlib
 import subprocess
 import sys
 
@@ -6,7 +7,7 @@ import torch
 
 import visionattn
 from visionattn import env, ops
-from visionattn.ops import _crossovers, _dispatch, routed_attention
+from visionattn.ops import _crossovers, _ranks, routed_attention
 from visionattn.testing import randn
 
 
@@ -32,22 +33,40 @@ def test_implementation_that_cannot_run_says_why() -> None:
 
 
 def test_measured_crossovers_decide_and_say_where_they_come_from(monkeypatch) -> None:
-    class Accepts:
-        def why_not(self, *args: object) -> None:
-            return None
-
-    plain, kernel = Accepts(), Accepts()
-    known = {"triton": kernel, "eager": plain}
-    q = torch.zeros(10)
-    monkeypatch.setattr(_dispatch, "INTERPRET", False)
-    monkeypatch.setattr(_dispatch, "missing", lambda impl: None)
-    assert _dispatch.choose("some_op", "auto", known, q) is kernel  # nothing was measured
-    row = _crossovers.Crossover(10, "a test")
-    monkeypatch.setitem(_crossovers.CROSSOVERS, ("some_op: elements of the queries; plain, kernel", "cpu"), row)
-    assert _dispatch.choose("some_op", "auto", known, q) is plain
-    assert _dispatch.choose("some_op", "auto", known, torch.zeros(11)) is kernel
-    assert _dispatch.choose("some_op", "triton", known, q) is kernel  # by name, whatever was measured
+    x = torch.zeros(10)
+    assert not _crossovers.first_wins("this, that", 1, x)  # nothing was measured
+    monkeypatch.setitem(_crossovers.CROSSOVERS, ("this, that", "cpu", None), _crossovers.Crossover(10, "a test"))
+    monkeypatch.setitem(_crossovers.CROSSOVERS, ("this, that", "cpu", "bf16"), _crossovers.Crossover(5, "a test"))
+    assert _crossovers.first_wins("this, that", 10, x)
+    assert not _crossovers.first_wins("this, that", 11, x)
+    assert not _crossovers.first_wins("this, that", 6, x.bfloat16())
+    assert _crossovers.first_wins("this, that", 6, x.half())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not _crossovers.first_wins("this, that", 6, x)
+    assert not _crossovers.first_wins("this, that", 1, x.to("meta"))
     assert all(row.source for row in _crossovers.CROSSOVERS.values())
+    assert {device for _, device, _ in _crossovers.RANKS} <= set(_ranks.SOURCES)
+
+
+def test_the_choice_by_size_and_dtype_is_compiled_and_exported(monkeypatch) -> None:
+    rows = (_ranks.Rank(32, ("reference", "eager")), _ranks.Rank(None, ("eager", "reference")))
+    monkeypatch.setitem(_crossovers.RANKS, ("routed_attention", "cpu", "fp32"), rows)
+    implementations = importlib.import_module("visionattn.ops.routed_attention").IMPLS
+    monkeypatch.setattr(implementations["eager"], "forward", lambda q, *_: torch.ones_like(q))
+    monkeypatch.setattr(implementations["reference"], "forward", lambda q, *_: torch.zeros_like(q))
+
+    class Attend(torch.nn.Module):
+        def forward(self, q: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+            return routed_attention(q, q, q, index, grid=(2, 2))
+
+    index = torch.zeros(2, 4, 1, dtype=torch.int64)
+    small, large = randn(2, 1, 4, 4, 1), randn(2, 1, 4, 4, 2)
+    for q, expected in ((small, 0), (large, 1), (small.double(), 1)):
+        torch._dynamo.reset()
+        for run in (Attend(), torch.compile(Attend(), fullgraph=True, backend="aot_eager")):
+            assert bool((run(q, index) == expected).all())
+    batch = torch.export.Dim("batch")
+    torch.export.export(Attend(), (small, index), dynamic_shapes=({0: batch}, {0: batch}))  # no guard on the size
 
 
 def test_default_is_used_and_restored() -> None:

@@ -21,11 +21,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from visionattn import __version__, fuse, list_models
 from visionattn.ops import OPERATORS, use_impl
+from visionattn.ops._crossovers import DTYPES, kind
 from visionattn.testing import randn
 
 Run = Callable[..., Tensor]
 DIRECTIONS = ("forward", "forward+backward")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,11 @@ class Row:
     peak_mb: float  # most memory held at once beyond what was held before the call
     gb_per_s: float | None = None  # of operators: the fewest bytes that must move, over the time
     tflop_per_s: float | None = None  # of operators: the definition's matrix products, over the time
+    elements: int | None = None  # of operators: elements of the first input, the queries
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Describe where and with what something is measured."""
+    """Describe where and with what something is measured; a GPU by its architecture as well."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -80,6 +81,7 @@ def machine(device: str) -> dict[str, Any]:
         cpu = names[0] if names else cpu
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
+        **({"kind": kind(torch.device(device, torch.cuda.current_device()))} if device == "cuda" else {}),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
@@ -126,7 +128,13 @@ def measure(case: Case, *, device: str = "cpu", dtype: str = "fp32", rounds: int
         for direction in DIRECTIONS
         for row in race(
             {name: _call(run, tensors, direction) for name, run in contestants.items()},
-            {"subject": case.operator, "shape": case.shape, "direction": direction, "dtype": dtype},
+            {
+                "subject": case.operator,
+                "shape": case.shape,
+                "direction": direction,
+                "dtype": dtype,
+                "elements": tensors[0].numel(),
+            },
             device,
             rounds,
         )

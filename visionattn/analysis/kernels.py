@@ -77,27 +77,30 @@ def check(case: Case, *, device: str, dtypes: Sequence[str] = tuple(DTYPES)) -> 
             yield f"{label}: right"
 
 
-def race(case: Case, *, device: str, dtype: str, rounds: int, note: Callable[[str], None] = print) -> list[Row]:
+def race(
+    case: Case, *, device: str, dtype: str, rounds: int, rivals: bool = True, note: Callable[[str], None] = print
+) -> list[Row]:
     """Race every implementation of a case, its compiled definition and what else a user would pick.
-
-    Inputs are repeated along their batch axis until the first holds `ELEMENTS`, so that a GPU is busy.
 
     Args:
         case: The operator and its shape.
         device: ``"cpu"`` or ``"cuda"``.
         dtype: A key of `visionattn.analysis.bench.DTYPES`.
         rounds: Times that each contestant is measured, in turn.
+        rivals: Race what is no implementation of the library as well, besides the authors' formulation.
         note: Is told of a contestant that was left out, and why.
     """
-    case = repeated(case) if device == "cuda" else case
     tensors = [x.to(device, DTYPES[dtype]) if x.is_floating_point() else x.to(device) for x in case.inputs()]
-    contestants = {**case.others, **(case.gpu_others if device == "cuda" else {})}
+    contestants: dict[str, Run] = {}
+    if rivals:
+        contestants = {**case.others, **(case.gpu_others if device == "cuda" else {})}
     for impl, why in implementations(case, tensors).items():
         if why is None:
             contestants[impl] = on_impl(case.run, impl)
         else:
             note(f"{case.operator}, {case.shape}, {dtype}: {impl} left out: {why}")
-    contestants["reference, compiled"] = compiled_reference(case.run)
+    if rivals:
+        contestants["reference, compiled"] = compiled_reference(case.run)
     for name, run in list(contestants.items()):
         if not fits(run, *tensors):
             note(f"{case.operator}, {case.shape}, {dtype}: {name} left out: the device's memory is too small for it")
@@ -115,7 +118,7 @@ def race(case: Case, *, device: str, dtype: str, rounds: int, note: Callable[[st
 
 
 def repeated(case: Case, elements: int = ELEMENTS) -> Case:
-    """Return a case whose inputs are repeated along their batch axis until the first has ``elements``."""
+    """Return a case whose inputs are repeated along their batch axis until the first has ``elements``: a busy GPU."""
     times = max(1, elements // case.inputs()[0].numel())
 
     def inputs() -> list[Tensor]:

@@ -12,9 +12,8 @@ from types import ModuleType
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
 
-from visionattn.ops._crossovers import first_wins
+from visionattn.ops._crossovers import ranked
 
 Impl = Literal["auto", "reference", "eager", "triton", "natten", "flex"]
 IMPLS: tuple[str, ...] = get_args(Impl)[1:]
@@ -102,13 +101,13 @@ def missing(impl: str) -> str | None:
 
 
 def choose(op: str, impl: str, known: Mapping[str, ModuleType], *args: Any, **kwargs: Any) -> ModuleType:
-    """Return the implementation that runs: the one named, or the first of ``known`` that takes the input.
+    """Return the implementation that runs: the one named, or the first that takes the input, as they were measured.
 
     Args:
         op: The operator's name, for messages.
         impl: What the caller asked for.
-        known: Implementations by name, the fastest first, the reference last.
-        *args: Handed to each ``why_not``.
+        known: Implementations by name, in the order for an input that was not measured, the reference last.
+        *args: Handed to each ``why_not``; the queries come first.
         **kwargs: Handed to each ``why_not``.
 
     Raises:
@@ -119,11 +118,11 @@ def choose(op: str, impl: str, known: Mapping[str, ModuleType], *args: Any, **kw
         impl = _default
     if impl == "auto":
         plain_only = exporting()
-        for name, module in known.items():
-            if name not in PLAIN and (plain_only or not _pays(op, args[0])):
+        for name in known if plain_only else ranked(op, known, args[0]):
+            if name not in PLAIN and (plain_only or INTERPRET):  # the interpreter is too slow to be chosen
                 continue
-            if missing(name) is None and module.why_not(*args, **kwargs) is None:
-                return module
+            if missing(name) is None and known[name].why_not(*args, **kwargs) is None:
+                return known[name]
         raise UnsupportedError(f"{op}: no implementation takes this input: {_reasons(known, *args, **kwargs)}")
     if impl not in IMPLS:
         raise ValueError(f"{op}: unknown impl={impl!r}; known: auto, {', '.join(IMPLS)}")
@@ -133,11 +132,6 @@ def choose(op: str, impl: str, known: Mapping[str, ModuleType], *args: Any, **kw
     if why is not None:
         raise UnsupportedError(f"{op}: impl={impl!r} refuses: {why}")
     return known[impl]
-
-
-def _pays(op: str, q: Tensor) -> bool:
-    """Whether a kernel is worth its launch: not in the interpreter, nor below a measured size of the queries."""
-    return not INTERPRET and not first_wins(f"{op}: elements of the queries; plain, kernel", q.numel(), q.device)
 
 
 def _reasons(known: Mapping[str, ModuleType], *args: Any, **kwargs: Any) -> str:

@@ -35,7 +35,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, index: Tensor, grid: tuple[int, int
     if topk == P:  # every region is routed to: plain attention
         q, k, v = (x.flatten(2, 3) for x in (q, k, v))  # (B, h, P * T, d)
         out = F.scaled_dot_product_attention(q, k, v, scale=scale)
-    elif first_wins(MASK_WINS, P / topk, q.device) and mask_bytes <= CHUNK_BYTES:
+    elif first_wins(MASK_WINS, P / topk, q) and mask_bytes <= CHUNK_BYTES:
         out = _masked(q, k, v, index, scale)
     else:
         out = _chunked(q.contiguous(), k.contiguous(), v.contiguous(), index, scale)

@@ -66,7 +66,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, window: Size, bias: Tensor | None, 
         x.view(B, h, *split[0], *split[1], x.shape[-1]).permute(to_windows).reshape(B * count, h, n, x.shape[-1])
         for x in (q, k, v)
     )  # (B * P, h, n, d)
-    if first_wins(PRODUCTS_WIN, n, q.device):
+    if first_wins(PRODUCTS_WIN, n, q):
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (B * P * h, n, d)
         logits = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scale)  # scaled in passing
         if bias is not None:
