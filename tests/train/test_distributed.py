@@ -28,11 +28,15 @@ from visionattn.train.setup import assemble
 from visionattn.train.sharding import block_classes
 
 REPOSITORY = Path(__file__).parents[2]
+needs_deepspeed = pytest.mark.skipif(
+    "zero" not in pair.KINDS, reason="deepspeed is not installed: pip install visionattn[deepspeed]"
+)
 Tiny = Callable[..., TrainConfig]
 
 
 def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY), **more}
+    path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path, **more}
 
 
 def free_port() -> int:
@@ -60,7 +64,7 @@ def test_two_processes_have_the_losses_of_one(both: tuple[Path, dict[str, Any]])
     folder, found = both
     for family in pair.FAMILIES:
         one = pair.losses(pair.recipe(family, folder, "one"))
-        for kind in ("ddp", "fsdp"):
+        for kind in [kind for kind in pair.KINDS if kind != "zero" or family not in pair.SCALARS]:
             two = found[kind][family]
             assert len(two) == pair.STEPS
             assert two == pytest.approx(one, rel=0, abs=1e-5), (family, kind)
@@ -73,7 +77,7 @@ def test_accumulation_keeps_the_global_batch_and_its_losses(both: tuple[Path, di
     cfg = pair.recipe("mala", folder, "one")
     assert assemble(cfg).global_batch == 8
     one = pair.losses(cfg)
-    for kind in ("ddp", "fsdp"):
+    for kind in pair.KINDS:
         assert found[kind]["accumulated"] == pytest.approx(one, rel=0, abs=1e-5), kind
 
 
@@ -81,15 +85,16 @@ def test_accumulation_keeps_the_global_batch_and_its_losses(both: tuple[Path, di
 def test_sharding_changes_nothing_else(both: tuple[Path, dict[str, Any]]) -> None:
     """Mixed precision and checkpointing, with the same random numbers in the recomputation."""
     folder, found = both
-    for name in ("bf16", "checkpointed"):
-        assert found["fsdp"][name] == pytest.approx(found["ddp"][name], rel=0, abs=1e-5), name
     one = pair.losses(pair.recipe("mala", folder, "one"))
-    assert found["fsdp"]["bf16"] != pytest.approx(one, rel=0, abs=1e-5)
-    assert found["fsdp"]["bf16"] == pytest.approx(one, rel=0, abs=0.05)
+    for kind in [kind for kind in pair.KINDS if kind != "ddp"]:
+        for name in ("bf16", "checkpointed"):
+            assert found[kind][name] == pytest.approx(found["ddp"][name], rel=0, abs=1e-5), (kind, name)
+        assert found[kind]["bf16"] != pytest.approx(one, rel=0, abs=1e-5)
+        assert found[kind]["bf16"] == pytest.approx(one, rel=0, abs=0.05)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", pair.KINDS)
 def test_two_processes_resume_to_the_bit(kind: str, both: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = both
     whole, part = (folder / f"{kind}-{name}" for name in ("whole", "part"))
@@ -100,8 +105,14 @@ def test_two_processes_resume_to_the_bit(kind: str, both: tuple[Path, dict[str, 
     assert states[1] is not None
     for name in ("model", "ema"):
         assert same(states[0][name], states[1][name])
-    for key, value in states[0]["optimizer"]["state"].items():
-        assert same(value, states[1]["optimizer"]["state"][key])
+    optimizers = [
+        [own["base_optimizer_state"] for own in state["own"]] if kind == "zero" else [state["optimizer"]]
+        for state in states
+    ]
+    assert len(optimizers[0]) == (2 if kind == "zero" else 1)
+    for mine, theirs in zip(*optimizers, strict=True):
+        assert mine["state"].keys() == theirs["state"].keys() != set()
+        assert all(same(value, theirs["state"][key]) for key, value in mine["state"].items())
 
 
 @pytest.mark.slow
@@ -161,7 +172,8 @@ def test_accelerate_launches_sharded_training_on_two_machines(images: Path, tiny
     said = [machine.communicate(timeout=300) for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], said
     assert "2 x cpu" in said[0][0]
-    assert said[1][0] == ""  # one reports for all
+    assert "epoch   1/1" in said[0][0]
+    assert "epoch" not in said[1][0]  # one reports for all
     run = Path(cfg.output) / "run"
     assert yaml.safe_load((run / "args.yaml").read_text())["batch_size"] == 4
     (state,) = StateStore(run / "state").files()
@@ -184,6 +196,52 @@ def test_what_shards_cannot_do(
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=message):
         train(tiny(**changes))
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(
+    ("changes", "variables", "message"),
+    [
+        ({}, {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "stages 1 and 2, not 3: .* --use_fsdp"),
+        ({}, {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, "leave offload_optimizer out"),
+        ({"amp": "fp16"}, {}, "give --amp bf16 or none"),
+        ({"clip_grad": 1.0, "clip_mode": "agc"}, {}, "by their norm alone, clip_mode is 'agc'"),
+        ({"opt": "lamb"}, {}, "opt 'lamb' looks at whole layers"),
+    ],
+)
+def test_what_deepspeed_cannot_do(
+    changes: dict[str, Any], variables: dict[str, str], message: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {**pair.ZERO, **variables}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        train(tiny(**changes))
+
+
+@needs_deepspeed
+def test_deepspeed_config_file_may_not_take_over(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW"}, "bf16": {"enabled": True}}
+    (tmp_path / "zero.json").write_text(json.dumps(config))
+    for name, value in {**pair.ZERO, "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "zero.json")}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="leave optimizer, mixed precision out of DeepSpeed's configuration"):
+        train(tiny())
+
+
+@pytest.mark.skipif("zero" in pair.KINDS, reason="deepspeed is installed")
+def test_deepspeed_that_is_missing(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in pair.ZERO.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"pip install visionattn\[deepspeed\]"):
+        train(tiny())
+
+
+@needs_deepspeed
+@pytest.mark.slow
+def test_a_state_of_deepspeed_goes_on_as_it_was_launched(both: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = both
+    with pytest.raises(CheckpointError, match="saved under DeepSpeed: continue it as it was launched"):
+        train(pair.resumable(folder, "zero-whole", resume="auto"))
 
 
 @pytest.mark.parametrize("family", sorted(TINY))

@@ -216,7 +216,9 @@ def join_shards(parts: list[dict[str, Any]], path: Path) -> dict[str, Any]:
     expected = parts[0]["processes"] if parts else 1
     if len(parts) != expected:
         raise CheckpointError(f"the state {path} has {len(parts)} of {expected} processes' parts")
-    joined = _join(*parts)
+    joined = _join(*[{name: value for name, value in part.items() if name != "own"} for part in parts])
+    if "own" in parts[0]:
+        joined["own"] = [part["own"] for part in parts]
     del joined["processes"]
     return joined
 

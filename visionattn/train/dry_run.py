@@ -6,6 +6,7 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 
+from visionattn.train import zero
 from visionattn.train.cli import to_yaml
 from visionattn.train.config import TrainConfig
 from visionattn.train.cost import count_macs, measure_memory
@@ -28,8 +29,10 @@ def dry_run(cfg: TrainConfig) -> str:
         TrainError: the run would not begin; the message says why.
     """
     parts = assemble(cfg)
-    if is_sharded(parts.accelerator):
-        raise ConfigError("--dry-run looks at one process: leave FSDP out, its memory follows from what is printed")
+    if is_sharded(parts.accelerator) or zero.is_used(parts.accelerator):
+        raise ConfigError(
+            "--dry-run looks at one process: leave FSDP and DeepSpeed out, their memory follows from what is printed"
+        )
     data = [_look(parts, "training", parts.dataset, parts.loader), _look(parts, "validation", None, parts.val_loader)]
     return to_yaml(parts.cfg) + "\n" + "\n".join([*_model(parts), *_schedule(parts), *_memory(parts), *data]) + "\n"
 

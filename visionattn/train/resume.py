@@ -11,7 +11,7 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
-from visionattn.train import sharding
+from visionattn.train import sharding, zero
 from visionattn.train.checkpoint import StateStore, read_state
 from visionattn.train.errors import CheckpointError, ConfigError
 from visionattn.train.setup import Parts
@@ -49,7 +49,8 @@ def save_state(parts: Parts, at: Progress, store: StateStore) -> None:
         CheckpointError: the state could not be written; earlier ones are still there.
     """
     at.unreadable = sorted(set(gather_object(at.unreadable)))
-    sharded = sharding.is_sharded(parts.accelerator)
+    cut = zero.is_used(parts.accelerator)
+    sharded = sharding.is_sharded(parts.accelerator) or cut
     if not sharded and not parts.accelerator.is_main_process:
         return
     scaler = parts.accelerator.scaler
@@ -58,12 +59,13 @@ def save_state(parts: Parts, at: Progress, store: StateStore) -> None:
         "config": _plain(parts),
         "model": parts.plain_model().state_dict(),
         "ema": parts.ema.module.state_dict() if parts.ema is not None else None,
-        "optimizer": parts.optimizer.state_dict(),
+        "optimizer": parts.optimizer.state_dict() if not cut else {},
         "scheduler": parts.scheduler.state_dict() if parts.scheduler is not None else None,
         "scaler": scaler.state_dict() if scaler is not None else None,
     }
     if sharded:
-        sharding.save_shards(store.path(at.update), state, parts.accelerator)
+        own = zero.optimizer_state(parts.optimizer) if cut else None
+        sharding.save_shards(store.path(at.update), state, parts.accelerator, own)
         if parts.accelerator.is_main_process:
             store.prune()
     else:
@@ -122,12 +124,17 @@ def restore(parts: Parts, state: dict[str, Any]) -> Progress:
         raise ConfigError("model_ema must stay as it was in the run that is resumed")
     if changed:
         parts.accelerator.print(f"the resumed run differs from the one that was saved: {said}")
-        own = parts.optimizer.state_dict()["param_groups"]
-        for saved, group in zip(state["optimizer"]["param_groups"], own, strict=False):
-            saved.update({key: value for key, value in group.items() if key in _HYPER})
+        for optimizer in [part["base_optimizer_state"] for part in state.get("own", [])] or [state["optimizer"]]:
+            for saved, group in zip(optimizer["param_groups"], parts.optimizer.param_groups, strict=False):
+                saved.update({key: value for key, value in group.items() if key in _HYPER})
     try:
         sharding.load_model(parts.plain_model(), state["model"])
-        sharding.load_optimizer(parts.optimizer, state["optimizer"])
+        if zero.is_used(parts.accelerator):
+            zero.load_optimizer(parts.accelerator, parts.optimizer, state.get("own"))
+        elif "own" in state:
+            raise CheckpointError("the state was saved under DeepSpeed: continue it as it was launched")
+        else:
+            sharding.load_optimizer(parts.optimizer, state["optimizer"])
         if parts.ema is not None:
             sharding.load_model(parts.ema.module, state["ema"])
     except (RuntimeError, ValueError, KeyError) as error:

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DistributedType
 from timm.data import Mixup, resolve_model_data_config
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from visionattn.train import sharding
+from visionattn.train import sharding, zero
 from visionattn.train.build import (
     build_loss,
     build_model,
@@ -115,6 +114,8 @@ def assemble(cfg: TrainConfig) -> Parts:
         model.compile(backend=cfg.torchcompile)  # in place: the names in the state dict stay
     if sharding.is_sharded(accelerator):
         sharding.plan(accelerator, model)
+    if zero.is_used(accelerator):
+        zero.plan(accelerator, model, cfg.batch_size)
     prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
     if sharding.is_sharded(accelerator) and ema is not None:
         ema.module = sharding.shard_like(accelerator, ema.module)
@@ -133,19 +134,19 @@ def assemble(cfg: TrainConfig) -> Parts:
 
 
 def _accelerator(cfg: TrainConfig) -> Accelerator:
-    plugin = sharding.plugin_from_launch()
+    plugin, zero_plugin = sharding.plugin_from_launch(), zero.plugin_from_launch(cfg)
     if plugin is not None and cfg.clip_grad is not None and cfg.clip_mode != "norm":
         raise ConfigError(f"FSDP clips gradients by their norm alone, clip_mode is {cfg.clip_mode!r}")
     try:
         accelerator = Accelerator(
-            mixed_precision="no" if cfg.amp == "none" else cfg.amp, gradient_accumulation_steps=cfg.grad_accum_steps,
-            step_scheduler_with_optimizer=False, fsdp_plugin=plugin,
+            mixed_precision="no" if cfg.amp == "none" or zero_plugin is not None else cfg.amp,
+            gradient_accumulation_steps=cfg.grad_accum_steps, step_scheduler_with_optimizer=False, fsdp_plugin=plugin,
+            deepspeed_plugin=zero_plugin,
         )  # fmt: skip
     except (ValueError, ImportError) as error:
         raise ConfigError(f"amp {cfg.amp!r} cannot run here: {error}") from error
-    if accelerator.distributed_type is DistributedType.DEEPSPEED:
-        raise ConfigError("DeepSpeed's states cannot be resumed exactly here: launch with --use_fsdp --fsdp_version 2")
     sharding.shard_on_cpu(accelerator, plugin)
+    zero.start(accelerator, zero_plugin, cfg.amp)
     return accelerator
 
 

@@ -119,7 +119,7 @@ def local(value: Tensor) -> Tensor:
 _TENSORS = ("update", "model", "ema", "optimizer")  # what processes but the first write
 
 
-def save_shards(path: Path, state: dict[str, Any], accelerator: Accelerator) -> None:
+def save_shards(path: Path, state: dict[str, Any], accelerator: Accelerator, own: dict[str, Any] | None = None) -> None:
     """Write this process's part of a state into the folder ``path``; call it in every process.
 
     The folder appears complete, in one step.
@@ -128,6 +128,7 @@ def save_shards(path: Path, state: dict[str, Any], accelerator: Accelerator) -> 
         path: of the state.
         state: tensors, sharded or not, and plain values, which are the first process's.
         accelerator: of the run.
+        own: what cannot be put together: on reading, a list of all processes' under this name.
 
     Raises:
         CheckpointError: in every process, if one could not write; earlier states are intact.
@@ -139,6 +140,8 @@ def save_shards(path: Path, state: dict[str, Any], accelerator: Accelerator) -> 
     if not accelerator.is_main_process:
         state = {name: state[name] for name in _TENSORS}
     mine = {**_map(state, _split(accelerator.is_main_process)), "processes": accelerator.num_processes}
+    if own is not None:
+        mine["own"] = own
     problem = ""
     try:
         write_atomically(part / f"process-{accelerator.process_index:04d}.pt", lambda file: torch.save(mine, file))
