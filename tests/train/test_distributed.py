@@ -21,16 +21,13 @@ from tests.models.variants import tiny as tiny_model
 from tests.train import pair
 from tests.train.conftest import make_images
 from tests.train.test_engine import same, weights
-from visionattn.train import CheckpointError, ConfigError, TrainConfig, load_model, train
+from visionattn.train import CheckpointError, ConfigError, TrainConfig, load_model, train, zero
 from visionattn.train.checkpoint import StateStore, read_state
 from visionattn.train.cli import to_yaml
 from visionattn.train.setup import assemble
 from visionattn.train.sharding import block_classes
 
 REPOSITORY = Path(__file__).parents[2]
-needs_deepspeed = pytest.mark.skipif(
-    "zero" not in pair.KINDS, reason="deepspeed is not installed: pip install visionattn[deepspeed]"
-)
 Tiny = Callable[..., TrainConfig]
 
 
@@ -198,7 +195,14 @@ def test_what_shards_cannot_do(
         train(tiny(**changes))
 
 
-@needs_deepspeed
+def as_if_installed(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked of DeepSpeed is looked at before DeepSpeed itself is needed."""
+    for name in ("is_deepspeed_available", "is_transformers_available"):
+        monkeypatch.setattr(zero, name, lambda: True)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
 @pytest.mark.parametrize(
     ("changes", "variables", "message"),
     [
@@ -212,18 +216,15 @@ def test_what_shards_cannot_do(
 def test_what_deepspeed_cannot_do(
     changes: dict[str, Any], variables: dict[str, str], message: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {**pair.ZERO, **variables}.items():
-        monkeypatch.setenv(name, value)
+    as_if_installed({**pair.ZERO, **variables}, monkeypatch)
     with pytest.raises(ConfigError, match=message):
         train(tiny(**changes))
 
 
-@needs_deepspeed
 def test_deepspeed_config_file_may_not_take_over(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = {"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW"}, "bf16": {"enabled": True}}
     (tmp_path / "zero.json").write_text(json.dumps(config))
-    for name, value in {**pair.ZERO, "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "zero.json")}.items():
-        monkeypatch.setenv(name, value)
+    as_if_installed({**pair.ZERO, "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "zero.json")}, monkeypatch)
     with pytest.raises(ConfigError, match="leave optimizer, mixed precision out of DeepSpeed's configuration"):
         train(tiny())
 
@@ -236,8 +237,8 @@ def test_deepspeed_that_is_missing(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) 
         train(tiny())
 
 
-@needs_deepspeed
 @pytest.mark.slow
+@pytest.mark.skipif("zero" not in pair.KINDS, reason="deepspeed is not installed: pip install visionattn[deepspeed]")
 def test_a_state_of_deepspeed_goes_on_as_it_was_launched(both: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = both
     with pytest.raises(CheckpointError, match="saved under DeepSpeed: continue it as it was launched"):
