@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 EXTRAS := train,data,dense,export,dev
 
-.PHONY: help setup demo test quick check tables format clean
+.PHONY: help setup demo browser test quick check tables format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -23,10 +23,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP) --no-build-isolation -e ".[$(EXTRAS)]"
 	@touch $@
 
-demo: setup  ## train BiFormer on scikit-learn's digits, validate it, draw what it routed to (under 5 minutes, no download)
+demo: setup  ## train BiFormer on scikit-learn's digits, validate it, show what it looks at (under 5 minutes, no download)
 	$(BIN)/python tools/train.py configs/digits/biformer_t.yaml --output output --experiment demo --overwrite
 	$(BIN)/python tools/validate.py --checkpoint output/demo/model_best.safetensors
-	$(BIN)/python tools/draw_routing.py --checkpoint output/demo/model_best.safetensors --out output/demo/routing.png
+	$(BIN)/python tools/visualize.py --checkpoint output/demo/model_best.safetensors --out output/demo/see --overwrite
 
 check: setup  ## formatting, lint, types, import contract, spelling
 	$(BIN)/ruff format --check .
@@ -35,7 +35,14 @@ check: setup  ## formatting, lint, types, import contract, spelling
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
 
-test: check  ## everything: checks and the whole test suite
+# Chromium is Debian's: a browser that Playwright would download is not used.
+browser:  ## install Chromium for the tests of pages, where it is missing and we may
+	@if command -v chromium || command -v chromium-browser || command -v google-chrome; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && apt-get -qq update && \
+		DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium > /dev/null; then :; \
+	else echo "no Chromium here, and it cannot be installed: tests in a browser will be skipped"; fi
+
+test: check browser  ## everything: checks and the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 quick: check  ## the checks and the tests that take seconds

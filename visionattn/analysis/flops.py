@@ -5,9 +5,7 @@ PyTorch's own counter, and each operator of `visionattn.ops` by a formula of its
 run. Norms, activations, softmax, pooling and resizing count nothing.
 """
 
-import importlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from visionattn import fuse, list_models
-from visionattn.ops import OPERATORS, use_impl
+from visionattn.analysis._intercept import intercepted
 
 Size = tuple[int, int]
 
@@ -120,26 +118,11 @@ def cost(model: nn.Module, run: Callable[[], object]) -> Cost:
         by_kind[kind] = by_kind.get(kind, 0) + macs
 
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.torchvision.deform_conv2d: _deformable})
-    with torch.no_grad(), counter, _by_formula(add):
+    with torch.no_grad(), counter, intercepted(lambda op, _: _Formula(op, add)):
         run()
     for op, flops in counter.get_flop_counts().get("Global", {}).items():
         add("convolution" if "conv" in str(op) else "matrix product", flops // 2)
     return Cost(sum(p.numel() for p in model.parameters()), sum(by_kind.values()), by_kind)
-
-
-@contextmanager
-def _by_formula(add: Callable[[str, int], None]) -> Iterator[None]:
-    """Let every operator report its formula instead of computing, whatever implementation is asked for."""
-    known = {op: importlib.import_module(f"visionattn.ops.{op}").IMPLS for op in OPERATORS}
-    before = {op: dict(impls) for op, impls in known.items()}
-    try:
-        for op, impls in known.items():
-            impls.update(dict.fromkeys(impls, _Formula(op, add)))
-        with use_impl("reference"):
-            yield
-    finally:
-        for op, impls in known.items():
-            impls.update(before[op])
 
 
 class _Formula:
