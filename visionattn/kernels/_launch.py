@@ -5,8 +5,10 @@ timed at its few configurations, once for each kind of input; the choice is kept
 """
 
 import json
+import math
+import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,21 +91,25 @@ def launch(
         kernel[(programs(config.blocks),)](*args, **constants, **config.blocks, **options)
 
     device = args[0].device
-    if device.type != "cuda":
-        start(config)
-        return
-    with torch.cuda.device(device):
-        if _autotune and len(configs) > 1:
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        if _autotune and len(configs) > 1 and _can_time(device):
             size = programs(config.blocks).bit_length()
             config = configs[_fastest(_key(kernel, args, constants, configs, size), configs, start)]
         start(config)
 
 
+def _can_time(device: torch.device) -> bool:
+    """Whether kernels can be timed: not in the interpreter, nor while they are recorded for a CUDA graph."""
+    return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+
+
 def _key(kernel: Any, args: Sequence[Any], constants: dict[str, Any], configs: Sequence[Config], size: int) -> str:
+    """What a choice holds for: the kernel, the kind of its arguments, the power of two of its programs, the GPU."""
     dtypes = [str(x.dtype) for x in args if isinstance(x, Tensor)]
-    device = torch.cuda.get_device_name(args[0].device)
+    device = args[0].device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return json.dumps(
-        [kernel.fn.__module__, kernel.fn.__name__, device, triton.__version__, dtypes, constants, size, str(configs)]
+        [kernel.fn.__module__, kernel.fn.__name__, name, triton.__version__, dtypes, constants, size, str(configs)]
     )
 
 
@@ -112,10 +118,24 @@ def _fastest(key: str, configs: Sequence[Config], start: Callable[[Config], None
     global _chosen
     path = Path(triton.knobs.cache.dir) / "visionattn_autotune.json"
     if _chosen is None:
-        _chosen = json.loads(path.read_text()) if path.exists() else {}
+        _chosen = _stored(path)
     if key not in _chosen:
-        times = [triton.testing.do_bench(lambda c=c: start(c), warmup=10, rep=50) for c in configs]
-        _chosen[key] = min(range(len(configs)), key=times.__getitem__)
+        times = [_milliseconds(start, config) for config in configs]
+        _chosen = {**_stored(path), **_chosen, key: min(range(len(configs)), key=times.__getitem__)}
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(_chosen))
+        whole = path.with_name(f"{path.name}.{os.getpid()}")  # other processes read and write the file as well
+        whole.write_text(json.dumps(_chosen))
+        whole.replace(path)
     return _chosen[key]
+
+
+def _stored(path: Path) -> dict[str, int]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _milliseconds(start: Callable[[Config], None], config: Config) -> float:
+    """Time a kernel on a GPU; endless if the GPU has not the shared memory or registers for it."""
+    try:
+        return float(triton.testing.do_bench(lambda: start(config), warmup=10, rep=50, return_mode="median"))
+    except triton.OutOfResources:
+        return math.inf
