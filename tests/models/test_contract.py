@@ -110,6 +110,38 @@ def test_any_size(family: str, size: tuple[int, int]) -> None:
     assert y.std() > 0
 
 
+SMALL = ((2, 9), (7, 40), (28, 29), (32, 31), (60, 63))
+
+
+@every_family
+def test_images_that_are_too_small_are_refused_in_one_sentence(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exactly those that PyTorch fails on in the middle of the model, which the sentence spares the reader."""
+    for training, batch in ((False, 2), (True, 1)):
+        model = tiny(family).train(training)
+        for size in SMALL:
+            x, why = image(*size, batch=batch), None
+            with monkeypatch.context() as patch:
+                patch.setattr(model, "_check_images", lambda x: None)
+                try:
+                    model(x)
+                except (RuntimeError, ValueError) as error:
+                    why = str(error)
+            for run in (model, model.forward_intermediates):
+                if why is None:
+                    run(x)
+                    continue
+                with pytest.raises(ValueError, match=rf"{type(model).__name__}: .* {size[0]} x {size[1]}") as refusal:
+                    run(x)
+                least = int(re.search(r"at least (\d+)", str(refusal.value))[1])
+                model(image(least, least, batch=1 if "batch norm" in str(refusal.value) else 3))
+                assert least > min(size), why
+
+
+def test_what_is_no_batch_of_images_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"BiFormer: images must be \(B, 3, H, W\), got \(3, 32, 32\)"):
+        tiny("biformer")(image(32, 32)[0])
+
+
 @every_family
 def test_every_parameter_gets_a_finite_gradient(family: str) -> None:
     model = tiny(family, drop_path_rate=0.0).train()

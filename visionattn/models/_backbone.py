@@ -3,6 +3,7 @@
 A family subclasses `Backbone`, fills ``stem``, ``stages`` and ``norm``, and says in which layout its maps travel.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -13,6 +14,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from visionattn.models._checkpoint import OfficialWeights
+from visionattn.ops._dispatch import exporting
 
 Indices = int | list[int] | None
 
@@ -113,8 +115,46 @@ class Backbone(OfficialWeights, nn.Module):
         """The last stage's output, normed, in the form that `forward_head` takes."""
         return self._nchw(self.norm(x))
 
+    def _last_side(self, pixels: int) -> int:
+        """Side of the last map of images with so many pixels along it; none where it would vanish.
+
+        Here for families that pad what their strides do not divide.
+        """
+        return -(-pixels // self._last_reduction())
+
+    def _last_reduction(self) -> int:
+        reduction: Any = self.feature_info[len(self.stages) - 1]["reduction"]
+        return int(reduction)
+
+    def _check_images(self, x: Tensor) -> None:
+        """Raise ValueError where images are so small that a map vanishes, or its statistics."""
+        if exporting():  # an exported model would be bound to the sizes that pass
+            return
+        if x.ndim != 4:
+            raise ValueError(f"{type(self).__name__}: images must be (B, {self.in_chans}, H, W), got {tuple(x.shape)}")
+        B, _, H, W = x.shape
+        sides = self._last_side(H), self._last_side(W)
+        if min(sides) < 1:
+            least = next(n for n in itertools.count(1) if self._last_side(n))
+            raise ValueError(
+                f"{type(self).__name__}: images must be at least {least} x {least} pixels, got {H} x {W}: "
+                "resize or pad them"
+            )
+        alone = self.training and B * sides[0] * sides[1] == 1
+        if alone and any(isinstance(m, nn.BatchNorm2d) and m.training for m in self.modules()):
+            least = next(n for n in itertools.count(1) if self._last_side(n) > 1)
+            raise ValueError(
+                f"{type(self).__name__}: its batch norms cannot train on one image of {H} x {W} pixels, whose last map "
+                f"has one: give more images, a side of at least {least} pixels, or put the model in eval mode"
+            )
+
     def forward_features(self, x: Tensor) -> Tensor:
-        """Return the normed last map ``(B, num_features, H / reduction, W / reduction)``."""
+        """Return the normed last map ``(B, num_features, H / reduction, W / reduction)``.
+
+        Raises:
+            ValueError: the images are too small; the message says how large they must be.
+        """
+        self._check_images(x)
         x, args = self._embed(x)
         for stage in self.stages:
             x = self._run(stage, x, *args)
@@ -146,7 +186,11 @@ class Backbone(OfficialWeights, nn.Module):
             stop_early: Do not run the stages behind the last one chosen.
             output_fmt: ``"NCHW"`` or ``"NHWC"``.
             intermediates_only: Leave out the final output.
+
+        Raises:
+            ValueError: the images are too small, or ``output_fmt`` is unknown.
         """
+        self._check_images(x)
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
         take, last = feature_take_indices(len(self.stages), indices)

@@ -86,6 +86,7 @@ class BiFormer(Backbone):
         super().__init__(dims=dims, reductions=[4 * 2**i for i in range(len(dims))], in_chans=in_chans, **head)
         if not len(dims) == len(depths) == len(topk):
             raise ValueError(f"dims, depths and topk must be as long, got {dims}, {depths} and {topk}")
+        self.pads = style == "biformer"  # the others drop what a stride leaves over
         second = style == "stl_nchw"
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         self.stem = _stem(in_chans, dims[0], style)
@@ -110,6 +111,9 @@ class BiFormer(Backbone):
             self.stages.append(Stage(_downsample(dims[i - 1], dim, style) if i else nn.Identity(), blocks))
         self.norm = BatchNormNHWC(dims[-1])
         self.apply(_init)
+
+    def _last_side(self, pixels: int) -> int:
+        return super()._last_side(pixels) if self.pads else pixels // self._last_reduction()
 
 
 def _stem(in_chans: int, dim: int, style: Style) -> nn.Sequential:

@@ -125,6 +125,9 @@ class LITv2(Backbone):
         self.norm = norm(dims[-1])
         self.apply(_init)
 
+    def _last_side(self, pixels: int) -> int:
+        return -(-pixels // 4) // (self._last_reduction() // 4)  # patches are padded, maps are not
+
 
 def _init(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):

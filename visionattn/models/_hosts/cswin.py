@@ -98,6 +98,11 @@ class CSwin(Host):
         self.norm = LayerNorm(dims[-1], eps=1e-5)
         self.apply(init_linear)
 
+    def _last_side(self, pixels: int) -> int:
+        return -(
+            -((pixels + 1) // 4) // (self._last_reduction() // 4)
+        )  # the first convolution does not pad to the full
+
     @staticmethod
     def map_sizes(img_size: int | Size) -> list[Size]:
         """Return the size of each stage's map for images of ``img_size``."""

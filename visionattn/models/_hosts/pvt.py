@@ -89,6 +89,9 @@ class PVT(Host):
         self.norm = nn.Identity()
         self.apply(init_linear)
 
+    def _last_side(self, pixels: int) -> int:
+        return pixels // self._last_reduction()
+
     @staticmethod
     def map_sizes(img_size: int | Size) -> list[Size]:
         """Return the size of each stage's map for images of ``img_size``."""
