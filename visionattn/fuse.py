@@ -13,16 +13,23 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from timm.models import checkpoint
 from timm.models.convit import GPSA, MHSA, Block, ConVit
-from timm.models.davit import ChannelAttention, ChannelAttentionV2, SpatialBlock
+from timm.models.davit import ChannelAttention, ChannelAttentionV2, ChannelBlock, ConvPosEnc, SpatialBlock
 from timm.models.maxxvit import PartitionAttentionCl
 from timm.models.shvit import SHSA
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visionattn.ops import channel_attention, gated_positional_attention, get_impl
+from visionattn.layers.windows import by_windows
+from visionattn.models._davit import (
+    FusedChannelAttention,
+    FusedChannelAttentionV2,
+    FusedChannelBlock,
+    FusedConvPosEnc,
+    FusedSpatialBlock,
+)
+from visionattn.ops import gated_positional_attention, get_impl, window_attention
 from visionattn.ops._crossovers import first_wins
 from visionattn.ops._dispatch import exporting
-from visionattn.ops.window_attention import window_attention
 
 _logger = logging.getLogger(__name__)
 
@@ -205,62 +212,23 @@ class FusedConVit(ConVit):
         return found if intermediates_only else (self.norm(x), found)
 
 
-class FusedChannelAttention(ChannelAttention):
-    """DaViT's channel attention on `channel_attention`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Mix the channels of ``(B, N, C)``."""
-        # In DaViT's code k and v are scored and q holds the content.
-        content, q, k = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # 3 x (B, g, N, d)
-        y = channel_attention(q, k, content, scale=self.scale)
-        return self.proj(y.transpose(1, 2).flatten(2))
-
-
-class FusedChannelAttentionV2(ChannelAttentionV2):
-    """Florence-2's channel attention on `channel_attention`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Mix the channels of ``(B, N, C)``."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.groups, -1)).permute(2, 0, 3, 1, 4)  # 3 x (B, g, N, d)
-        scale = x.shape[1] ** -0.5 if self.dynamic_scale else self.head_dim**-0.5
-        return self.proj(channel_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2))
-
-
-class FusedSpatialBlock(SpatialBlock):
-    """DaViT's window block on `window_attention`: the map is padded only where windows do not divide it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Mix the map ``(B, C, H, W)`` in windows."""
-        _, _, H, W = x.shape
-        shortcut = self.cpe1(x).permute(0, 2, 3, 1)  # (B, H, W, C)
-        y = self.norm1(shortcut)
-        height, width = self.window_size
-        if H % height or W % width:  # behind the norm: padded tokens are keys and values of the bias
-            y = F.pad(y, (0, 0, 0, -W % width, 0, -H % height))
-        attn = self.attn
-        q, k, v = (_heads(t, self.num_heads) for t in attn.qkv(y).chunk(3, dim=-1))
-        y = window_attention(q, k, v, window=(height, width), scale=attn.scale)
-        y = attn.proj(y.permute(0, 2, 3, 1, 4).flatten(3)[:, :H, :W])
-        x = shortcut + (y if self.drop_path1 is None else self.drop_path1(y))
-        x = self.cpe2(x.permute(0, 3, 1, 2))
-        if self.mlp is not None:
-            x = x.permute(0, 2, 3, 1)
-            x = x + self.drop_path2(self.mlp(self.norm2(x)))
-            x = x.permute(0, 3, 1, 2)
-        return x
-
-
 class FusedPartitionAttention(PartitionAttentionCl):
     """MaxViT's block or grid attention on `window_attention`: the map is padded where windows do not divide it."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix the map ``(B, H, W, C)`` in windows or over a grid."""
         _, H, W, _ = x.shape
-        attn, y = self.attn, self.norm1(x)
+        y = self.norm1(x)
         height, width = self.partition_size
         if H % height or W % width:  # behind the norm: padded tokens are keys and values of the bias
             y = F.pad(y, (0, 0, 0, -W % width, 0, -H % height))
-        qkv = attn.qkv(y)
+        y = by_windows(self._mix, y, (height, width), grid=not self.partition_block)[:, :H, :W]
+        x = x + self.drop_path1(self.ls1(y))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+    def _mix(self, x: Tensor, grid: bool) -> Tensor:
+        attn = self.attn
+        qkv = attn.qkv(x)
         if attn.head_first:
             q, k, v = qkv.unflatten(-1, (attn.num_heads, -1)).permute(0, 3, 1, 2, 4).chunk(3, dim=-1)
         else:
@@ -269,12 +237,8 @@ class FusedPartitionAttention(PartitionAttentionCl):
         if attn.rel_pos is not None:
             bias = attn.rel_pos.get_bias()
             bias = bias[0] if bias.ndim == 4 else bias  # (h, n, n)
-        y = window_attention(
-            q, k, v, window=(height, width), bias=bias, grid=not self.partition_block, scale=attn.scale
-        )
-        y = attn.proj_drop(attn.proj(y.permute(0, 2, 3, 1, 4).flatten(3)[:, :H, :W]))
-        x = x + self.drop_path1(self.ls1(y))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        y = window_attention(q, k, v, window=tuple(self.partition_size), bias=bias, grid=grid, scale=attn.scale)
+        return attn.proj_drop(attn.proj(y.permute(0, 2, 3, 1, 4).flatten(3)))
 
 
 class FusedSHSA(SHSA):
@@ -301,7 +265,7 @@ class FusedSHSA(SHSA):
 @dataclass(frozen=True)
 class _Fused:
     cls: type[nn.Module]
-    operator: str  # empty where the class only carries sizes
+    operator: str  # empty where the class attends to nothing itself
 
 
 FUSED: dict[type[nn.Module], _Fused] = {
@@ -311,6 +275,8 @@ FUSED: dict[type[nn.Module], _Fused] = {
     ConVit: _Fused(FusedConVit, ""),
     ChannelAttention: _Fused(FusedChannelAttention, "channel_attention"),
     ChannelAttentionV2: _Fused(FusedChannelAttentionV2, "channel_attention"),
+    ChannelBlock: _Fused(FusedChannelBlock, ""),
+    ConvPosEnc: _Fused(FusedConvPosEnc, ""),
     SpatialBlock: _Fused(FusedSpatialBlock, "window_attention"),
     PartitionAttentionCl: _Fused(FusedPartitionAttention, "window_attention"),
     SHSA: _Fused(FusedSHSA, "scaled_dot_product_attention"),

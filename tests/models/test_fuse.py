@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import visionattn
 from tests.golden import NAMES, assert_golden, golden, relative_error
 from visionattn.fuse import FusedConVit, fuse, fuse_report
+from visionattn.layers import inference
 
 CASES = [
     "convit/convit_tiny",
@@ -86,6 +87,40 @@ def test_fused_model_computes_the_same(kind: str, batch: int) -> None:
     largest = max(g.abs().max() for g in grads[0])
     for n, a, b in zip(names, *grads, strict=True):
         assert (a - b).abs().max() <= 1e-5 * a.abs().max() + 1e-6 * largest, n
+
+
+@every_small
+@pytest.mark.parametrize("part_bytes", [2**20, 4096], ids=["whole", "in parts"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
+def test_fused_model_infers_the_same(kind: str, part_bytes: int, layout: torch.memory_format, monkeypatch) -> None:
+    monkeypatch.setattr(inference, "MAPPED_BYTES", part_bytes)
+    monkeypatch.setattr(inference, "PART_BYTES", part_bytes)
+    model, x = small(kind)
+    fused = fuse(copy.deepcopy(model))
+    stages = [m.stages if hasattr(m, "stages") else m.blocks for m in (model, fused)]
+    with torch.inference_mode():
+        assert relative_error(fused(x), model(x)) < 1e-5
+        if kind in ("davit", "florence2"):  # stages take maps in any layout
+            y = torch.randn(2, 16, 15, 14, generator=torch.Generator().manual_seed(1)).to(memory_format=layout)
+            assert relative_error(stages[1](y.clone()), stages[0](y)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["davit", "florence2"])
+def test_hooks_see_what_inference_would_overwrite(kind: str) -> None:
+    model, x = small(kind)
+    fused = fuse(copy.deepcopy(model))
+    outputs: list[dict[str, Tensor]] = [{}, {}]
+    for m, seen in zip((model, fused), outputs, strict=True):
+        for name, module in m.named_modules():
+            if name.endswith(("cpe1", "cpe2", "proj", "norm1", "norm2", "mlp", "fc1", "act", "fc2")):
+                module.register_forward_hook(lambda _m, _i, y, name=name, seen=seen: seen.update({name: y}))
+    with torch.no_grad():
+        for m in (model, fused):
+            m(x)
+    assert outputs[0].keys() == outputs[1].keys()
+    for name, expected in outputs[0].items():
+        if not name.endswith(("attn.proj", "norm1")):  # tokens come by windows there
+            assert relative_error(outputs[1][name].reshape(expected.shape), expected) < 1e-5, name
 
 
 @every_small
