@@ -10,6 +10,7 @@ from visionattn.testing import assert_within_budget, check_operator
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there, the interpreter (see tests/conftest.py)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FEW = 16  # numbers, fewer of which may round well in the reference and badly in the kernel by luck alone
 FAR = 2**30  # elements from one token to the next: three tokens do not fit 32-bit offsets
 
 Run = Callable[..., Tensor]
@@ -23,6 +24,11 @@ def check_kernel(run: Run, reference: Run, tensors: Sequence[Tensor], *, batched
 def check_budget(run: Run, reference: Run, tensors: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> None:
     """Output and gradients within the error budget, on the device of the tests."""
     assert_within_budget(run, reference, [x.to(DEVICE) for x in tensors], dtype=dtype)
+
+
+def copies(numbers: int) -> int:
+    """How many heads or items make ``numbers``, the fewest that a gradient has in each of them, no longer few."""
+    return -(-FEW // numbers)
 
 
 def check_transforms(run: Run, tensors: Sequence[Tensor]) -> None:

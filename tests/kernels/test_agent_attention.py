@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.kernels.checks import check_budget, check_kernel, check_transforms, far_apart
+from tests.kernels.checks import check_budget, check_kernel, check_transforms, copies, far_apart
 from tests.ops.test_agent_attention import inputs, run
 from visionattn.ops import AgentBias, agent_attention
 from visionattn.testing import randn
@@ -21,7 +21,7 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
         agents, held = x[:, :, :a].clone(), x.new_empty(2, 6, a, d, dtype=torch.float32)
         bias = tuple(torch.empty(6, a, *n, device="meta") for n in ((7, 7), (side,), (side,), (1,)))
         args = (x, x, x, agents, bias, bias, (side, side), d**-0.5)
-        saved = (held, held[..., 0].clone(), x.new_empty(x.shape[:3], dtype=torch.float32))
+        saved = (held, held[..., :2].clone(), x.new_empty(*x.shape[:3], 2, dtype=torch.float32))
         yield f"d={d}, a={a}", lambda args=args: kernels.forward(*args)
         yield f"d={d}, a={a}", lambda x=x, args=args, saved=saved: kernels.backward(x, *args, *saved)
 
@@ -48,7 +48,7 @@ def test_is_right_without_bias() -> None:
 )
 @settings(max_examples=5, deadline=None)
 def test_any_shape(size, tables, prefix: int, agents: int, d: int, dv: int) -> None:
-    heads, N = 1, prefix + size[0] * size[1]
+    heads, N = copies(agents), prefix + size[0] * size[1]
     shapes = [tables[:2], tables[2:3], tables[3:], *([(prefix,)] if prefix else [])]
     bias = [randn(heads, agents, *s, seed=4 + i) for i, s in enumerate(shapes * 2)]
     tokens = [randn(1, heads, *s, seed=i) for i, s in enumerate(((N, d), (N, d), (N, dv), (agents, d)))]

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.kernels.checks import check_budget, check_kernel, check_transforms, far_apart
+from tests.kernels.checks import check_budget, check_kernel, check_transforms, copies, far_apart
 from tests.ops.test_channel_attention import data
 from visionattn.ops import channel_attention
 from visionattn.testing import randn
@@ -30,10 +30,11 @@ def test_is_right() -> None:
     check_kernel(attend("triton"), attend("reference"), data(2, 1, 300, 12))  # three splits
 
 
-@given(tokens=st.integers(1, 300), groups=st.integers(2, 3), d=st.integers(12, 40))
+@given(tokens=st.integers(1, 300), groups=st.integers(1, 3), d=st.integers(1, 40))
 @settings(max_examples=5, deadline=None)
 def test_any_shape(tokens: int, groups: int, d: int) -> None:
     scale = tokens**-0.5  # keeps the softmax soft, whose gradients are else differences of nearly equal numbers
+    groups = max(groups, copies(d))
     check_budget(attend("triton", scale), attend("reference", scale), data(1, groups, tokens, d))
 
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.kernels.checks import DEVICE, check_budget, check_kernel, check_transforms, far_apart
+from tests.kernels.checks import DEVICE, check_budget, check_kernel, check_transforms, copies, far_apart
 from tests.ops.test_gated_positional_attention import data
 from visionattn.ops import gated_positional_attention
 from visionattn.testing import randn
@@ -18,10 +18,10 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     for H, W in ((14, 14), (40, 70)):
         x = torch.empty(2, 6, H, W, 48, dtype=dtype, device="meta")
         position, gate = (torch.empty(6, *n, device="meta") for n in ((3,), ()))
-        lse, axes = (torch.empty(shape, device="meta") for shape in ((2, 6, H * W), (3, 6, H + W)))
+        stats, axes = (torch.empty(shape, device="meta") for shape in ((2, 6, H * W, 2), (4, 6, H + W)))
         args = (x, x, x, position, gate, 0.1)
         yield f"{H} x {W}", lambda args=args: kernels.forward(*args)
-        yield f"{H} x {W}", lambda args=args, saved=(lse, axes): kernels.backward(args[0], *args, args[0], *saved)
+        yield f"{H} x {W}", lambda args=args, saved=(stats, axes): kernels.backward(args[0], *args, args[0], *saved)
 
 
 def attend(impl: str) -> Callable[..., Tensor]:
@@ -37,8 +37,9 @@ def test_is_right() -> None:
 @settings(max_examples=6, deadline=None)
 def test_any_shape(H: int, W: int, turned: bool, d: int, dv: int) -> None:
     H, W = (W, H) if turned else (H, W)
-    q, k, _, position, gate = data(1, 1, H, W, d)
-    check_budget(attend("triton"), attend("reference"), [q, k, randn(1, 1, H, W, dv, seed=2), position, gate])
+    heads = copies(1)  # each has one gate
+    q, k, _, position, gate = data(1, heads, H, W, d)
+    check_budget(attend("triton"), attend("reference"), [q, k, randn(1, heads, H, W, dv, seed=2), position, gate])
 
 
 def test_gates_of_zero_and_one() -> None:
@@ -61,8 +62,8 @@ def test_opcheck() -> None:
     q, k, v, position, gate = data(1, 2, 2, 3, 4)
     args = (q, k, v, position, gate, None, 0.5)
     torch.library.opcheck(torch.ops.visionattn.gated_positional_attention_triton.default, args)
-    content, lse, axes = torch.ops.visionattn.gated_positional_attention_triton(*args)[1:]
-    args = (torch.ones_like(v), q, k, v, position, gate, randn(2), 0.5, content, lse, axes)
+    content, stats, axes = torch.ops.visionattn.gated_positional_attention_triton(*args)[1:]
+    args = (torch.ones_like(v), q, k, v, position, gate, randn(2), 0.5, content, stats, axes)
     torch.library.opcheck(torch.ops.visionattn.gated_positional_attention_triton_backward.default, args)
 
 

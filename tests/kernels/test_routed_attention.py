@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.kernels.checks import DEVICE, check_budget, check_kernel, check_transforms, far_apart
+from tests.kernels.checks import DEVICE, check_budget, check_kernel, check_transforms, copies, far_apart
 from tests.ops.test_routed_attention import data
 from visionattn.ops import routed_attention
 from visionattn.testing import randn
@@ -19,10 +19,10 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     for d, side in ((32, 56), (64, 56), (32, 14)):
         x = torch.empty(2, 6, side, side, d, dtype=dtype, device="meta")
         index = torch.empty(2, 49, 4, dtype=torch.int64, device="meta")
-        lse = x.new_empty(2, 6, 49, (side // 7) ** 2, dtype=torch.float32)
+        stats = x.new_empty(2, 6, 49, (side // 7) ** 2, 2, dtype=torch.float32)
         options = (index, (7, 7), d**-0.5)
         yield f"d={d}, side={side}", lambda x=x, options=options: kernels.forward(x, x, x, *options)
-        yield f"d={d}, side={side}", lambda x=x, o=options, lse=lse: kernels.backward(x, x, x, x, *o, x, lse)
+        yield f"d={d}, side={side}", lambda x=x, o=options, stats=stats: kernels.backward(x, x, x, x, *o, x, stats)
 
 
 def attend(impl: str, grid: tuple[int, int]) -> Callable[..., Tensor]:
@@ -50,6 +50,7 @@ def test_is_right(heads: int, size: tuple[int, int], grid: tuple[int, int], topk
 def test_any_shape(grid, region, heads: int, d: int, dv: int, draw) -> None:
     size = (grid[0] * region[0], grid[1] * region[1])
     P = grid[0] * grid[1]
+    heads = max(heads, copies(size[0] * size[1]))
     topk = draw.draw(st.integers(1, P))
     q, k, v = (randn(1, heads, *size, c, seed=i) for i, c in enumerate((d, d, dv)))
     index = randn(1, P, P, seed=3).topk(topk).indices
@@ -75,7 +76,7 @@ def test_opcheck() -> None:
     v = randn(2, 1, 2, 6, 3)
     args = (q, k, v, index, 1, 2, 0.5)
     torch.library.opcheck(torch.ops.visionattn.routed_attention_triton.default, args)
-    args = (torch.ones_like(v), *args, v, torch.zeros(2, 1, 2, 6))
+    args = (torch.ones_like(v), *args, v, torch.zeros(2, 1, 2, 6, 2))
     torch.library.opcheck(torch.ops.visionattn.routed_attention_triton_backward.default, args)
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.kernels.checks import check_budget, check_kernel, check_transforms, far_apart
+from tests.kernels.checks import check_budget, check_kernel, check_transforms, copies, far_apart
 from tests.ops.test_window_attention import inputs
 from visionattn.ops import window_attention
 from visionattn.testing import randn
@@ -28,10 +28,10 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
         x = torch.empty(2, 3, 84, 84, d, dtype=dtype, device="meta")
         bias = x.new_empty(3, window**2, window**2) if biased else None
         options = (bias, (window, window), (0, 0), False, d**-0.5)
-        lse = x.new_empty(2, 3, 84 * 84, dtype=torch.float32)
+        stats = x.new_empty(2, 3, 84 * 84, 2, dtype=torch.float32)
         case = f"d={d}, n={window**2}"
         yield case, lambda x=x, options=options: kernels.forward(x, x, x, *options)
-        yield case, lambda x=x, options=options, lse=lse: kernels.backward(x, x, x, x, *options, x, lse)
+        yield case, lambda x=x, options=options, stats=stats: kernels.backward(x, x, x, x, *options, x, stats)
 
 
 def attend(impl: str, window: tuple[int, int], **options: object) -> Callable[..., Tensor]:
@@ -59,9 +59,11 @@ def problems(draw: st.DrawFn) -> tuple[list[Tensor], tuple[int, int], dict]:
     options: dict = {"grid": draw(st.booleans())}
     if not options["grid"]:
         options["shift"] = tuple(draw(st.integers(0, side - 1)) for side in window)
-    size = (window[0] * counts[0], window[1] * counts[1])
+    size, n = (window[0] * counts[0], window[1] * counts[1]), window[0] * window[1]
+    heads = max(heads, copies(min(n**2, size[0] * size[1])) if n > 1 else 1)
     q, k, _, bias = inputs((1, heads, *size, d), window)
-    return [q, k, randn(1, heads, *size, dv, seed=2), bias], window, options
+    tensors = [q, k, randn(1, heads, *size, dv, seed=2), bias]
+    return tensors[: 4 if n > 1 else 3], window, options  # the bias of a single key has no effect
 
 
 @given(problem=problems())
@@ -94,7 +96,7 @@ def test_opcheck() -> None:
     for some in (bias, None):
         args = (x, x, x, some, [2, 2], [1, 0], False, 0.5)
         torch.library.opcheck(torch.ops.visionattn.window_attention_triton.default, args)
-        args = (x, *args, x, torch.zeros(2, 2, 16))
+        args = (x, *args, x, torch.zeros(2, 2, 16, 2))
         torch.library.opcheck(torch.ops.visionattn.window_attention_triton_backward.default, args)
 
 

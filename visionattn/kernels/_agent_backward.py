@@ -11,18 +11,19 @@ import triton.language as tl
 
 from visionattn.kernels._agent_bias import interpolate
 from visionattn.kernels._blocks import dot, load_rows, store_rows
+from visionattn.kernels._softmax import load_stats
 
 
 @triton.jit
-def _weights(own, other, own_x, other_y, bias, row_lse, valid, scale2):
+def _weights(own, other, own_x, other_y, bias, row_top, row_inverse, valid, scale2):
     """Weights and their gradients."""
-    attn = tl.exp2(dot(own, tl.trans(other)) * scale2 + bias - row_lse)
+    attn = tl.exp2(dot(own, tl.trans(other)) * scale2 + bias - row_top) * row_inverse
     return tl.where(valid, attn, 0.0), dot(own_x, tl.trans(other_y))
 
 
 @triton.jit
 def by_tokens(
-    tokens, x, agents, y, tables, lse, sums, dtokens, dx,
+    tokens, x, agents, y, tables, stats, sums, dtokens, dx,
     t_b, t_h, t_n, x_b, x_h, x_n, a_b, a_h, a_n, dt_b, dt_h, dt_n, dx_b, dx_h, dx_n,
     heads, N, a, scale, scale2, P, H, W, grid_w,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -37,7 +38,7 @@ def by_tokens(
     own = load_rows(tokens + b * t_b + head * t_h, n, t_n, n < N, D, BLOCK_D)
     own_x = load_rows(x + b * x_b + head * x_h, n, x_n, n < N, DV, BLOCK_DV)
     if SPREAD:
-        own_lse = tl.load(lse + group * N + n, mask=n < N, other=0.0)
+        own_top, own_inverse = load_stats(stats, group * N + n, n < N)
         own_sum = tl.zeros((BLOCK_N,), tl.float32)
         for start in range(0, a, BLOCK_A):
             agent = start + tl.arange(0, BLOCK_A)
@@ -47,7 +48,9 @@ def by_tokens(
             bias = 0.0
             if HAS_BIAS:
                 bias = interpolate(tables, n[:, None], agent[None, :], valid, head, a, P, H, W, grid_w)
-            attn, dattn = _weights(own, other, own_x, other_y, bias, own_lse[:, None], valid, scale2)
+            attn, dattn = _weights(
+                own, other, own_x, other_y, bias, own_top[:, None], own_inverse[:, None], valid, scale2
+            )
             own_sum += tl.sum(attn * dattn, 1)
         tl.store(sums + group * N + n, own_sum, mask=n < N)
 
@@ -62,11 +65,11 @@ def by_tokens(
         if HAS_BIAS:
             bias = interpolate(tables, n[:, None], agent[None, :], valid, head, a, P, H, W, grid_w)
         if SPREAD:
-            row_lse, row_sum = own_lse[:, None], own_sum[:, None]
+            row_top, row_inverse, row_sum = own_top[:, None], own_inverse[:, None], own_sum[:, None]
         else:
-            row_lse = tl.load(lse + group * a + agent, mask=agent < a, other=0.0)[None, :]
+            row_top, row_inverse = load_stats(stats, group * a + agent[None, :], agent[None, :] < a)
             row_sum = tl.load(sums + group * a + agent, mask=agent < a, other=0.0)[None, :]
-        attn, dattn = _weights(own, other, own_x, other_y, bias, row_lse, valid, scale2)
+        attn, dattn = _weights(own, other, own_x, other_y, bias, row_top, row_inverse, valid, scale2)
         down = dot((attn * (dattn - row_sum)).to(other.dtype), other, down)
         if not SPREAD:
             down_x = dot(attn.to(other_y.dtype), other_y, down_x)
@@ -77,7 +80,7 @@ def by_tokens(
 
 @triton.jit
 def by_agents(
-    tokens, x, agents, y, tables, lse, sums, dagents, dy,
+    tokens, x, agents, y, tables, stats, sums, dagents, dy,
     t_b, t_h, t_n, x_b, x_h, x_n, a_b, a_h, a_n,
     B, heads, N, a, run, runs, scale, scale2, P, H, W, grid_w,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -94,7 +97,7 @@ def by_agents(
     own = load_rows(agents + b * a_b + head * a_h, agent, a_n, agent < a, D, BLOCK_D)
     own_y = load_rows(y, group * a + agent, DV, agent < a, DV, BLOCK_DV).to(own.dtype)
     if not SPREAD:
-        own_lse = tl.load(lse + group * a + agent, mask=agent < a, other=0.0)
+        own_top, own_inverse = load_stats(stats, group * a + agent, agent < a)
         if not SUMS:
             own_sum = tl.load(sums + group * a + agent, mask=agent < a, other=0.0)
 
@@ -112,13 +115,13 @@ def by_agents(
         if HAS_BIAS:
             bias = interpolate(tables, n[None, :], agent[:, None], valid, head, a, P, H, W, grid_w)
         if SPREAD:
-            row_lse = tl.load(lse + group * N + n, mask=n < last, other=0.0)[None, :]
+            row_top, row_inverse = load_stats(stats, group * N + n[None, :], n[None, :] < last)
             row_sum = tl.load(sums + group * N + n, mask=n < last, other=0.0)[None, :]
         elif SUMS:
-            row_lse = own_lse[:, None]
+            row_top, row_inverse = own_top[:, None], own_inverse[:, None]
         else:
-            row_lse, row_sum = own_lse[:, None], own_sum[:, None]
-        attn, dattn = _weights(own, other, own_y, other_x, bias, row_lse, valid, scale2)
+            row_top, row_inverse, row_sum = own_top[:, None], own_inverse[:, None], own_sum[:, None]
+        attn, dattn = _weights(own, other, own_y, other_x, bias, row_top, row_inverse, valid, scale2)
         if SUMS:
             total += tl.sum(attn * dattn, 1)
         else:
@@ -136,7 +139,7 @@ def by_agents(
 
 @triton.jit
 def by_bias(
-    tokens, x, agents, y, tables, lse, sums, dbias,
+    tokens, x, agents, y, tables, stats, sums, dbias,
     t_b, t_h, t_n, x_b, x_h, x_n, a_b, a_h, a_n,
     B, heads, N, a, runs, scale2, P, H, W, grid_w,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -160,12 +163,12 @@ def by_bias(
         own_x = load_rows(x + b * x_b + head * x_h, n, x_n, n < N, DV, BLOCK_DV)
         other_y = load_rows(y, group * a + agent, DV, agent < a, DV, BLOCK_DV).to(own_x.dtype)
         if SPREAD:
-            row_lse = tl.load(lse + group * N + n, mask=n < N, other=0.0)[:, None]
+            row_top, row_inverse = load_stats(stats, group * N + n[:, None], (n < N)[:, None])
             row_sum = tl.load(sums + group * N + n, mask=n < N, other=0.0)[:, None]
         else:
-            row_lse = tl.load(lse + group * a + agent, mask=agent < a, other=0.0)[None, :]
+            row_top, row_inverse = load_stats(stats, group * a + agent[None, :], agent[None, :] < a)
             row_sum = tl.load(sums + group * a + agent, mask=agent < a, other=0.0)[None, :]
-        attn, dattn = _weights(own, other, own_x, other_y, bias, row_lse, valid, scale2)
+        attn, dattn = _weights(own, other, own_x, other_y, bias, row_top, row_inverse, valid, scale2)
         total += attn * (dattn - row_sum)
     dbias += ((number * heads + head) * N + n)[:, None] * a + agent[None, :]
     tl.store(dbias, total, mask=valid)

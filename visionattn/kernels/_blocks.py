@@ -1,4 +1,4 @@
-"""What kernels share: loading and storing blocks of rows, and sizes of blocks."""
+"""What kernels share: loading and storing blocks of rows, sizes of blocks, products."""
 
 import math
 
@@ -75,15 +75,3 @@ def store_rows(base, rows, stride, valid, x, D: tl.constexpr, BLOCK_D: tl.conste
     cols = tl.arange(0, BLOCK_D)
     at = base + rows.to(tl.int64)[:, None] * stride + cols[None, :]
     tl.store(at, x.to(base.dtype.element_ty), mask=valid[:, None] & (cols < D)[None, :])
-
-
-@triton.jit
-def online_softmax(logits, top, total):
-    """One step of a softmax over columns that come in blocks.
-
-    Takes ``logits (n, m)`` in units of log 2, the largest so far and the sum of exponentials relative to it ``(n,)``.
-    Returns exponentials of the block, the factor that what was summed before shrinks by, and the new two.
-    """
-    new_top = tl.maximum(top, tl.max(logits, 1))
-    weights, shrink = tl.exp2(logits - new_top[:, None]), tl.exp2(top - new_top)
-    return weights, shrink, new_top, total * shrink + tl.sum(weights, 1)

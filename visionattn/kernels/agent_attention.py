@@ -3,7 +3,7 @@
 Forward: the position biases are resized along one axis and laid agents last, tables that grow with the sides of the map
 alone; along the other axis kernels interpolate where they use them. Agents then gather from runs of tokens, each of
 which gives a softmax of its own; the runs are combined in order. Queries spread what the agents hold. Each pass reads
-its tokens once. Backward (`_agent_backward`): both softmaxes are recomputed from their log-sum-exps, first that of the
+its tokens once. Backward (`_agent_backward`): both softmaxes are recomputed from their statistics, first that of the
 queries; each by tokens, by agents (runs of tokens, summed in order), and for the biases by position, over the whole
 batch. The gradient of a bias is written at the size of the map, ``(h, N, a)``, and summed into its tables.
 
@@ -17,9 +17,10 @@ from torch import Tensor
 
 from visionattn.kernels import _agent_backward
 from visionattn.kernels._agent_bias import Bias, interpolate, map_sizes, resized, to_tables
-from visionattn.kernels._blocks import LOG2E, attention_configs, block, dot, load_rows, online_softmax, store_rows
+from visionattn.kernels._blocks import LOG2E, attention_configs, block, dot, load_rows, store_rows
 from visionattn.kernels._launch import Config, launch
 from visionattn.kernels._layout import heads_last, rows
+from visionattn.kernels._softmax import load_stats, online_softmax, store_stats
 
 PROGRAMS = 512  # that split work is meant to give, a few for each processor of a large GPU
 RUN = 256  # tokens of a run at least
@@ -35,25 +36,25 @@ def forward(
     size: tuple[int, int],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Attend: ``(B, h, N, dv)``; for the backward pass, what the agents hold ``(B, h, a, dv)`` and the log-sum-exps of
-    agents ``(B, h, a)`` and queries ``(B, h, N)``, fp32.
+    """Attend: ``(B, h, N, dv)``; for the backward pass, what the agents hold ``(B, h, a, dv)`` and the softmax
+    statistics of agents ``(B, h, a, 2)`` and queries ``(B, h, N, 2)`` (`load_stats`), fp32.
     """
     q, k, v, agents = (rows(x) for x in (q, k, v, agents))
     B, h, N, d = q.shape
     a, dv = agents.shape[2], v.shape[3]
-    held, agents_lse = _gather_all(agents, k, v, key_bias, size, scale)
-    out, lse = heads_last(v, (B, h, N, dv)), q.new_empty(B, h, N, dtype=torch.float32)
+    held, agents_stats = _gather_all(agents, k, v, key_bias, size, scale)
+    out, stats = heads_last(v, (B, h, N, dv)), q.new_empty(B, h, N, 2, dtype=torch.float32)
     strides = [s for x in (q, agents, out) for s in x.stride()[:3]]
     launch(
         _spread,
         lambda b: B * h * triton.cdiv(N, b["BLOCK_N"]),
-        *(q, agents, held, resized(query_bias, size, q), out, lse, *strides, h, N, a, scale * LOG2E),
+        *(q, agents, held, resized(query_bias, size, q), out, stats, *strides, h, N, a, scale * LOG2E),
         *map_sizes(query_bias, size),
         configs=_configs(q.dtype, max(d, dv), a, own="BLOCK_N", other="BLOCK_A"),
         **_widths(d, dv),
         HAS_BIAS=query_bias is not None,
     )
-    return out, held, agents_lse, lse
+    return out, held, agents_stats, stats
 
 
 def backward(
@@ -67,16 +68,16 @@ def backward(
     size: tuple[int, int],
     scale: float,
     held: Tensor,
-    agents_lse: Tensor,
-    lse: Tensor,
+    agents_stats: Tensor,
+    stats: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Bias | None, Bias | None]:
     """Gradients of q, k, v and agents, and of the tables of both biases."""
     dout, q, k, v, agents = (rows(x) for x in (dout, q, k, v, agents))
     dq, dk, dvalues = (heads_last(x, x.shape) for x in (q, k, v))
-    spread = _Side(q, dout, agents, held, query_bias, size, scale, lse, spread=True)
+    spread = _Side(q, dout, agents, held, query_bias, size, scale, stats, spread=True)
     spread.by_tokens(dq, None)
     dagents, dheld = spread.by_agents()
-    gather = _Side(k, v, agents, dheld, key_bias, size, scale, agents_lse, spread=False)
+    gather = _Side(k, v, agents, dheld, key_bias, size, scale, agents_stats, spread=False)
     gather.sums, _ = gather.by_agents(sums=True)
     gather.by_tokens(dk, dvalues)
     dagents = (dagents + gather.by_agents()[0]).to(agents.dtype)
@@ -86,33 +87,33 @@ def backward(
 def _gather_all(
     agents: Tensor, k: Tensor, v: Tensor, bias: Bias | None, size: tuple[int, int], scale: float
 ) -> tuple[Tensor, Tensor]:
-    """What each agent gathers from all tokens, ``(B, h, a, dv)``, and its log-sum-exp, in fp32."""
+    """What each agent gathers from all tokens, ``(B, h, a, dv)``, and its softmax statistics, in fp32."""
     B, h, a, d = agents.shape
     N, dv = v.shape[2:]
     configs = _configs(k.dtype, max(d, dv), a, own="BLOCK_A", other="BLOCK_N")
     run, runs = _runs(N, B * h * triton.cdiv(a, configs[0].blocks["BLOCK_A"]))
-    parts, lses = (k.new_empty(runs, B, h, a, *n, dtype=torch.float32) for n in ((dv,), ()))
+    parts, stats = (k.new_empty(runs, B, h, a, n, dtype=torch.float32) for n in (dv, 2))
     strides = [s for x in (agents, k, v) for s in x.stride()[:3]]
     launch(
         _gather,
         lambda b: B * h * triton.cdiv(a, b["BLOCK_A"]) * runs,
-        *(agents, k, v, resized(bias, size, k), parts, lses, *strides, B, h, N, a, run, runs, scale * LOG2E),
+        *(agents, k, v, resized(bias, size, k), parts, stats, *strides, B, h, N, a, run, runs, scale * LOG2E),
         *map_sizes(bias, size),
         configs=configs,
         **_widths(d, dv),
         HAS_BIAS=bias is not None,
     )
     if runs == 1:
-        return parts[0], lses[0]
-    held, lse = torch.empty_like(parts[0]), torch.empty_like(lses[0])
+        return parts[0], stats[0]
+    held, total_stats = torch.empty_like(parts[0]), torch.empty_like(stats[0])
     launch(
         _combine,
         lambda b: triton.cdiv(B * h * a, b["BLOCK_A"]),
-        *(parts, lses, held, lse, B * h * a, runs),
+        *(parts, stats, held, total_stats, B * h * a, runs),
         configs=[Config({"BLOCK_A": 16}, warps=4)],
         **{"DV": dv, "BLOCK_DV": block(dv)},
     )
-    return held, lse
+    return held, total_stats
 
 
 class _Side:
@@ -126,7 +127,7 @@ class _Side:
         bias: Tables.
         size: Of the map.
         scale: Factor on the products.
-        lse: Log-sum-exps of the rows.
+        stats: Softmax statistics of the rows.
         spread: Whether tokens are the rows; `by_tokens` then writes their sums. For agents, ``sums`` is to be set.
     """
 
@@ -139,12 +140,12 @@ class _Side:
         bias: Bias | None,
         size: tuple[int, int],
         scale: float,
-        lse: Tensor,
+        stats: Tensor,
         *,
         spread: bool,
     ) -> None:
-        self.tokens, self.x, self.agents, self.y, self.lse, self.spread = tokens, x, agents, y, lse, spread
-        self.sums = torch.empty_like(lse)
+        self.tokens, self.x, self.agents, self.y, self.stats, self.spread = tokens, x, agents, y, stats, spread
+        self.sums = stats.new_empty(stats.shape[:3])
         self.bias, self.size, self.tables = bias, size, resized(bias, size, tokens)
         self.strides = [s for t in (tokens, x, agents) for s in t.stride()[:3]]
         self.scales = (scale, scale * LOG2E)
@@ -161,7 +162,7 @@ class _Side:
         launch(
             _agent_backward.by_tokens,
             lambda b: B * h * triton.cdiv(N, b["BLOCK_N"]),
-            *(self.tokens, self.x, self.agents, self.y, self.tables, self.lse, self.sums, dtokens, dx),
+            *(self.tokens, self.x, self.agents, self.y, self.tables, self.stats, self.sums, dtokens, dx),
             *(*self.strides, *written, h, N, a, *self.scales, *map_sizes(self.bias, self.size)),
             configs=_configs(self.x.dtype, self.width, a, own="BLOCK_N", other="BLOCK_A"),
             **self.constants,
@@ -182,7 +183,7 @@ class _Side:
         launch(
             _agent_backward.by_agents,
             lambda b: B * h * triton.cdiv(a, b["BLOCK_A"]) * runs,
-            *(self.tokens, self.x, self.agents, self.y, self.tables, self.lse, self.sums, first, second),
+            *(self.tokens, self.x, self.agents, self.y, self.tables, self.stats, self.sums, first, second),
             *(*self.strides, B, h, N, a, run, runs, *self.scales, *map_sizes(self.bias, self.size)),
             configs=configs,
             **self.constants,
@@ -203,7 +204,7 @@ class _Side:
         launch(
             _agent_backward.by_bias,
             lambda b: runs * h * triton.cdiv(N, b["BLOCK_N"]) * triton.cdiv(a, b["BLOCK_A"]),
-            *(self.tokens, self.x, self.agents, self.y, self.tables, self.lse, self.sums, dbias),
+            *(self.tokens, self.x, self.agents, self.y, self.tables, self.stats, self.sums, dbias),
             *(*self.strides, B, h, N, a, runs, self.scales[1], *map_sizes(self.bias, self.size)),
             configs=_configs(self.x.dtype, self.width, a, own="BLOCK_N", other="BLOCK_A"),
             **self.constants,
@@ -233,7 +234,7 @@ def _widths(d: int, dv: int) -> dict[str, int]:
 
 @triton.jit
 def _gather(
-    agents, k, v, tables, parts, lses,
+    agents, k, v, tables, parts, stats,
     a_b, a_h, a_n, k_b, k_h, k_n, v_b, v_h, v_n,
     B, heads, N, a, run, runs, scale2, P, H, W, grid_w,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -265,30 +266,32 @@ def _gather(
         values = load_rows(v, n, v_n, n < last, DV, BLOCK_DV)
         result = dot(weights.to(values.dtype), values, result * shrink[:, None])
     out = (number * B * heads + group) * a + agent
-    tl.store(lses + out, top + tl.log2(total), mask=agent < a)
-    store_rows(parts, out, DV, agent < a, result / total[:, None], DV, BLOCK_DV)
+    inverse = store_stats(stats, out, agent < a, top, total)
+    store_rows(parts, out, DV, agent < a, result * inverse[:, None], DV, BLOCK_DV)
 
 
 @triton.jit
 def _combine(
-    parts, lses, held, lse, size, runs, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_A: tl.constexpr
+    parts, stats, held, total_stats, size, runs, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_A: tl.constexpr
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK_A + tl.arange(0, BLOCK_A)
     top = tl.full((BLOCK_A,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_A,), tl.float32)
     result = tl.zeros((BLOCK_A, BLOCK_DV), tl.float32)
     for number in range(0, runs):
-        part = tl.load(lses + number * size + at, mask=at < size, other=0.0)
-        weights, shrink, top, total = online_softmax(part[:, None], top, total)
+        run_top, run_inverse = load_stats(stats, number * size + at, at < size)
+        new_top = tl.maximum(top, run_top)
+        weight, shrink = tl.exp2(run_top - new_top) / run_inverse, tl.exp2(top - new_top)
         values = load_rows(parts, number * size + at, DV, at < size, DV, BLOCK_DV)
-        result = result * shrink[:, None] + weights * values
-    tl.store(lse + at, top + tl.log2(total), mask=at < size)
-    store_rows(held, at, DV, at < size, result / total[:, None], DV, BLOCK_DV)
+        result = result * shrink[:, None] + weight[:, None] * values
+        top, total = new_top, total * shrink + weight
+    inverse = store_stats(total_stats, at, at < size, top, total)
+    store_rows(held, at, DV, at < size, result * inverse[:, None], DV, BLOCK_DV)
 
 
 @triton.jit
 def _spread(
-    q, agents, held, tables, out, lse,
+    q, agents, held, tables, out, stats,
     q_b, q_h, q_n, a_b, a_h, a_n, out_b, out_h, out_n,
     heads, N, a, scale2, P, H, W, grid_w,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -315,5 +318,5 @@ def _spread(
         weights, shrink, top, total = online_softmax(logits, top, total)
         values = load_rows(held, group * a + agent, DV, agent < a, DV, BLOCK_DV).to(queries.dtype)
         result = dot(weights.to(queries.dtype), values, result * shrink[:, None])
-    tl.store(lse + group * N + n, top + tl.log2(total), mask=n < N)
-    store_rows(out + b * out_b + head * out_h, n, out_n, n < N, result / total[:, None], DV, BLOCK_DV)
+    inverse = store_stats(stats, group * N + n, n < N, top, total)
+    store_rows(out + b * out_b + head * out_h, n, out_n, n < N, result * inverse[:, None], DV, BLOCK_DV)

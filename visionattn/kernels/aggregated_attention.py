@@ -22,6 +22,7 @@ from torch import Tensor
 from visionattn.kernels._blocks import LOG2E, block, dot, load_rows, store_rows
 from visionattn.kernels._launch import Config, launch
 from visionattn.kernels._layout import heads_last, rows
+from visionattn.kernels._softmax import online_softmax
 
 PROGRAMS = 1024  # that share a sum over tokens or over the batch: several for each multiprocessor
 
@@ -36,20 +37,20 @@ def forward(
     bias_pool: Tensor,
     extra: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Attend: ``(B, h, H, W, dv)``, and log-sum-exps ``(B, h, N)`` for the backward pass."""
+    """Attend: ``(B, h, H, W, dv)``, and the largest logits ``(B, h, N)`` for the backward pass."""
     B, h, H, W, _ = q.shape
     N = H * W
     maps, pools, tables, added = _inputs(q, k, v, k_pool, v_pool, bias_local, bias_pool, extra)
-    out, lse = heads_last(v, (B, h, N, v.shape[-1])), q.new_empty(B, h, N, dtype=torch.float32)
+    out, tops = heads_last(v, (B, h, N, v.shape[-1])), q.new_empty(B, h, N, dtype=torch.float32)
     launch(
         _forward,
         lambda b: B * h * triton.cdiv(N, b["BLOCK_N"]),
-        *(*maps, *pools, *tables, added, out, lse, *_strides(*maps, *pools, added, out)),
+        *(*maps, *pools, *tables, added, out, tops, *_strides(*maps, *pools, added, out)),
         *(*tables[1].stride()[:2], h, H, W, k_pool.shape[2]),
         configs=_configs(q.dtype, max(q.shape[-1], v.shape[-1])),
         **_constants(q, v, bias_local),
     )
-    return out.unflatten(2, (H, W)), lse
+    return out.unflatten(2, (H, W)), tops
 
 
 def backward(
@@ -62,7 +63,7 @@ def backward(
     bias_local: Tensor,
     bias_pool: Tensor,
     extra: Tensor | None,
-    lse: Tensor,
+    tops: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of all inputs, in their order; an empty tensor for absent added weights."""
     B, h, H, W, d = q.shape
@@ -72,14 +73,14 @@ def backward(
     config = _configs(q.dtype, max(d, dv))[0]  # alone: sums over programs are laid out by its blocks
     constants = _constants(q, v, bias_local)
     blocks, pool_blocks = (triton.cdiv(n, config.blocks[name]) for n, name in ((N, "BLOCK_N"), (P, "BLOCK_P")))
-    sums = torch.empty_like(lse)
+    sums = tops.new_empty(B, h, N, 2)
     dq, dk, dvalues = (heads_last(x, x.shape) for x in maps)
     dadded = None if added is None else heads_last(added, added.shape)
     dlocal = q.new_empty(B, blocks, *bias_local.shape, dtype=torch.float32)
     launch(
         _backward_q,
         lambda b: B * h * blocks,
-        *(*maps, *pools, *tables, dout, lse, sums, dq, dadded, dlocal),
+        *(*maps, *pools, *tables, dout, tops, sums, dq, dadded, dlocal),
         *_strides(*maps, *pools, dout, dq, dadded),
         *(*tables[1].stride()[:2], h, H, W, P),
         configs=[config],
@@ -88,7 +89,7 @@ def backward(
     launch(
         _backward_kv,
         lambda b: B * h * blocks,
-        *(*maps, tables[0], added, dout, lse, sums, dk, dvalues),
+        *(*maps, tables[0], added, dout, tops, sums, dk, dvalues),
         *(*_strides(*maps, added, dout, dk, dvalues), h, H, W),
         configs=[config],
         **constants,
@@ -98,7 +99,7 @@ def backward(
     launch(
         _backward_pool,
         lambda b: splits * B * h * pool_blocks,
-        *(maps[0], *pools, tables[1], dout, lse, sums, dk_pool, dv_pool),
+        *(maps[0], *pools, tables[1], dout, tops, sums, dk_pool, dv_pool),
         *(*_strides(maps[0], *pools, dout), *tables[1].stride()[:2], B * h, h, N, P, splits),
         configs=[config],
         **constants,
@@ -108,7 +109,7 @@ def backward(
     launch(
         _backward_bias,
         lambda b: batch_splits * h * blocks * pool_blocks,
-        *(maps[0], *pools, tables[1], dout, lse, sums, dpool),
+        *(maps[0], *pools, tables[1], dout, tops, sums, dpool),
         *(*_strides(maps[0], *pools, dout), *tables[1].stride()[:2], B, h, N, P, batch_splits),
         configs=[config],
         **constants,
@@ -183,8 +184,15 @@ def _pooled_logits(products, bias_pool, n, n_stride, N, p, P):
 
 
 @triton.jit
+def _row(tops, sums, at, valid):
+    """Of queries: the largest logit, the inverse sum of exponentials, the sum that the softmax's gradient subtracts."""
+    top = tl.load(tops + at, mask=valid, other=0.0)
+    return top, tl.load(sums + 2 * at, mask=valid, other=0.0), tl.load(sums + 2 * at + 1, mask=valid, other=0.0)
+
+
+@triton.jit
 def _forward(
-    q, k, v, k_pool, v_pool, bias_local, bias_pool, extra, out, lse,
+    q, k, v, k_pool, v_pool, bias_local, bias_pool, extra, out, tops,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, kp_b, kp_h, kp_n, vp_b, vp_h, vp_n, e_b, e_h, e_n, out_b, out_h, out_n,
     bias_h, bias_n, heads, H, W, P,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, WINDOW: tl.constexpr,
@@ -233,12 +241,9 @@ def _forward(
         keys = load_rows(k_pool, p, kp_n, p < P, D, BLOCK_D)
         values = load_rows(v_pool, p, vp_n, p < P, DV, BLOCK_DV)
         logits = _pooled_logits(dot(queries, tl.trans(keys)), bias_pool, n[:, None], bias_n, N, p[None, :], P)
-        new_top = tl.maximum(top, tl.max(logits, 1))
-        attn, shrink = tl.exp2(logits - new_top[:, None]), tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(attn, 1)
+        attn, shrink, top, total = online_softmax(logits, top, total)
         result = dot(attn.to(values.dtype), values, result * shrink[:, None])
-        top = new_top
-    tl.store(lse + group * N + n, top + tl.log2(total), mask=n < N)
+    tl.store(tops + group * N + n, top, mask=n < N)
     result /= total[:, None]
     if extra is not None:
         result += addend
@@ -247,7 +252,7 @@ def _forward(
 
 @triton.jit
 def _backward_q(
-    q, k, v, k_pool, v_pool, bias_local, bias_pool, dout, lse, sums, dq, dextra, dlocal,
+    q, k, v, k_pool, v_pool, bias_local, bias_pool, dout, tops, sums, dq, dextra, dlocal,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, kp_b, kp_h, kp_n, vp_b, vp_h, vp_n,
     do_b, do_h, do_n, dq_b, dq_h, dq_n, de_b, de_h, de_n,
     bias_h, bias_n, heads, H, W, P,
@@ -269,7 +274,7 @@ def _backward_q(
     n = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     queries = load_rows(q, n, q_n, n < N, D, BLOCK_D)
     grads = load_rows(dout, n, do_n, n < N, DV, BLOCK_DV)
-    row_lse = tl.load(lse + group * N + n, mask=n < N, other=0.0)
+    top = tl.load(tops + group * N + n, mask=n < N, other=0.0)
 
     CELLS: tl.constexpr = triton.next_power_of_2(WINDOW * WINDOW)
     cells = tl.arange(0, CELLS)
@@ -282,7 +287,7 @@ def _backward_q(
             values = load_rows(v, s, v_n, inside, DV, BLOCK_DV).to(tl.float32)
             bias = tl.load(bias_local + row * WINDOW + col).to(tl.float32)
             logits = (tl.sum(queries.to(tl.float32) * keys, 1) + bias) * TO_LOG2
-            attn = tl.where(inside, tl.exp2(logits - row_lse), 0.0)
+            attn = tl.where(inside, tl.exp2(logits - top), 0.0)
             dattn = tl.sum(grads.to(tl.float32) * values, 1)
             here = (cells == row * WINDOW + col)[None, :]
             attn_local = tl.where(here, attn[:, None], attn_local)
@@ -292,19 +297,21 @@ def _backward_q(
         at = b * de_b + head * de_h + n.to(tl.int64)[:, None] * de_n + cells[None, :]
         tl.store(dextra + at, dattn_local.to(dextra.dtype.element_ty), mask=real)
 
-    row_sum = tl.sum(attn_local * dattn_local, 1)  # over keys, of probability times its gradient
-    total = tl.sum(attn_local, 1)  # one, but for the rounding of log-sum-exps
+    row_sum = tl.sum(attn_local * dattn_local, 1)  # over keys, of weight times its gradient
+    total = tl.sum(attn_local, 1)
     for start in range(0, P, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
         keys = load_rows(k_pool, p, kp_n, p < P, D, BLOCK_D)
         values = load_rows(v_pool, p, vp_n, p < P, DV, BLOCK_DV)
         logits = _pooled_logits(dot(queries, tl.trans(keys)), bias_pool, n[:, None], bias_n, N, p[None, :], P)
-        attn = tl.exp2(logits - row_lse[:, None])
+        attn = tl.exp2(logits - top[:, None])
         row_sum += tl.sum(attn * dot(grads, tl.trans(values)), 1)
         total += tl.sum(attn, 1)
-    inverse = 1.0 / total  # with it, gradients of a query's logits sum to zero as they should
+    # Of the weights as they are here, so that the gradients of a query's logits sum to zero as they should.
+    inverse = 1.0 / total
     row_sum *= inverse
-    tl.store(sums + group * N + n, row_sum, mask=n < N)
+    tl.store(sums + 2 * (group * N + n), inverse, mask=n < N)
+    tl.store(sums + 2 * (group * N + n) + 1, row_sum, mask=n < N)
 
     dlogits_local = attn_local * inverse[:, None] * (dattn_local - row_sum[:, None])
     at = ((b * blocks + tl.program_id(0) % blocks) * heads + head) * (WINDOW * WINDOW) + cells
@@ -321,7 +328,7 @@ def _backward_q(
         keys = load_rows(k_pool, p, kp_n, p < P, D, BLOCK_D)
         values = load_rows(v_pool, p, vp_n, p < P, DV, BLOCK_DV)
         logits = _pooled_logits(dot(queries, tl.trans(keys)), bias_pool, n[:, None], bias_n, N, p[None, :], P)
-        attn = tl.exp2(logits - row_lse[:, None]) * inverse[:, None]
+        attn = tl.exp2(logits - top[:, None]) * inverse[:, None]
         dlogits = attn * (dot(grads, tl.trans(values)) - row_sum[:, None])
         result = dot(dlogits.to(keys.dtype), keys, result)
     store_rows(dq + b * dq_b + head * dq_h, n, dq_n, n < N, result, D, BLOCK_D)
@@ -329,7 +336,7 @@ def _backward_q(
 
 @triton.jit
 def _backward_kv(
-    q, k, v, bias_local, extra, dout, lse, sums, dk, dv,
+    q, k, v, bias_local, extra, dout, tops, sums, dk, dv,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, e_b, e_h, e_n,
     do_b, do_h, do_n, dk_b, dk_h, dk_n, dv_b, dv_h, dv_n,
     heads, H, W,
@@ -358,11 +365,10 @@ def _backward_kv(
             n, inside = _cell(s, WINDOW // 2 - row, WINDOW // 2 - col, H, W)  # the query that has s in this cell
             queries = load_rows(q, n, q_n, inside, D, BLOCK_D).to(tl.float32)
             grads = load_rows(dout, n, do_n, inside, DV, BLOCK_DV).to(tl.float32)
-            row_lse = tl.load(lse + group * N + n, mask=inside, other=0.0)
-            row_sum = tl.load(sums + group * N + n, mask=inside, other=0.0)
+            top, inverse, row_sum = _row(tops, sums, group * N + n, inside)
             bias = tl.load(bias_local + row * WINDOW + col).to(tl.float32)
             logits = (tl.sum(queries * keys, 1) + bias) * TO_LOG2
-            attn = tl.where(inside, tl.exp2(logits - row_lse), 0.0)
+            attn = tl.where(inside, tl.exp2(logits - top) * inverse, 0.0)
             dlogits = attn * (tl.sum(grads * values, 1) - row_sum)
             dkeys += dlogits[:, None] * queries
             if extra is not None:
@@ -375,7 +381,7 @@ def _backward_kv(
 
 @triton.jit
 def _backward_pool(
-    q, k_pool, v_pool, bias_pool, dout, lse, sums, dk_pool, dv_pool,
+    q, k_pool, v_pool, bias_pool, dout, tops, sums, dk_pool, dv_pool,
     q_b, q_h, q_n, kp_b, kp_h, kp_n, vp_b, vp_h, vp_n, do_b, do_h, do_n,
     bias_h, bias_n, groups, heads, N, P, splits,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, WINDOW: tl.constexpr,
@@ -401,10 +407,9 @@ def _backward_pool(
         n = start + tl.arange(0, BLOCK_N)
         queries = load_rows(q, n, q_n, n < N, D, BLOCK_D)
         grads = load_rows(dout, n, do_n, n < N, DV, BLOCK_DV)
-        row_lse = tl.load(lse + group * N + n, mask=n < N, other=0.0)
-        row_sum = tl.load(sums + group * N + n, mask=n < N, other=0.0)
+        top, inverse, row_sum = _row(tops, sums, group * N + n, n < N)
         logits = _pooled_logits(dot(keys, tl.trans(queries)), bias_pool, n[None, :], bias_n, N, p[:, None], P)
-        attn = tl.exp2(logits - row_lse[None, :])  # (pooled tokens, queries); grads are zero where there is no query
+        attn = tl.exp2(logits - top[None, :]) * inverse[None, :]  # (pooled tokens, queries)
         dvalues = dot(attn.to(grads.dtype), grads, dvalues)
         dlogits = attn * (dot(values, tl.trans(grads)) - row_sum[None, :])
         dkeys = dot(dlogits.to(queries.dtype), queries, dkeys)
@@ -415,7 +420,7 @@ def _backward_pool(
 
 @triton.jit
 def _backward_bias(
-    q, k_pool, v_pool, bias_pool, dout, lse, sums, dbias,
+    q, k_pool, v_pool, bias_pool, dout, tops, sums, dbias,
     q_b, q_h, q_n, kp_b, kp_h, kp_n, vp_b, vp_h, vp_n, do_b, do_h, do_n,
     bias_h, bias_n, B, heads, N, P, splits,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, WINDOW: tl.constexpr,
@@ -433,17 +438,12 @@ def _backward_bias(
     for item in range(split * share, tl.minimum((split + 1) * share, B)):
         b = tl.cast(item, tl.int64)
         queries = load_rows(q + b * q_b + head * q_h, n, q_n, n < N, D, BLOCK_D)
-        grads = load_rows(dout + b * do_b + head * do_h, n, do_n, n < N, DV, BLOCK_DV)
         keys = load_rows(k_pool + b * kp_b + head * kp_h, p, kp_n, p < P, D, BLOCK_D)
-        values = load_rows(v_pool + b * vp_b + head * vp_h, p, vp_n, p < P, DV, BLOCK_DV)
-        at = (b * heads + head) * N + n
-        row_lse = tl.load(lse + at, mask=n < N, other=0.0)
-        row_sum = tl.load(sums + at, mask=n < N, other=0.0)
+        top, inverse, row_sum = _row(tops, sums, (b * heads + head) * N + n, n < N)
         logits = dot(queries, tl.trans(keys)) * TO_LOG2 + bias
-        result += tl.exp2(logits - row_lse[:, None]) * (dot(grads, tl.trans(values)) - row_sum[:, None])
-    dbias += (split * heads + head) * N * P
-    tl.store(
-        dbias + n.to(tl.int64)[:, None] * P + p[None, :],
-        result.to(dbias.dtype.element_ty),
-        mask=(n < N)[:, None] & (p < P)[None, :],
-    )
+        attn = tl.exp2(logits - top[:, None]) * inverse[:, None]
+        grads = load_rows(dout + b * do_b + head * do_h, n, do_n, n < N, DV, BLOCK_DV)
+        values = load_rows(v_pool + b * vp_b + head * vp_h, p, vp_n, p < P, DV, BLOCK_DV)
+        result += attn * (dot(grads, tl.trans(values)) - row_sum[:, None])
+    dbias += ((split * heads + head) * N + n)[:, None] * P + p[None, :]
+    tl.store(dbias, result.to(dbias.dtype.element_ty), mask=(n < N)[:, None] & (p < P)[None, :])

@@ -4,9 +4,13 @@ The positional softmax is the product of one along rows and one along columns, s
 of N * N, which for the 196 to 1536 tokens of ConViT's maps is 7 to 19 times fewer than a second matrix in the pass over
 the keys would add to it. What is fused is what would otherwise go through memory: the weights, which are computed where
 they are used; the mix, which the second axis does as it ends; and the gradients of the positional parameters, which are
-scalars of each line of the map. Forward: content (read q, k, v; write content and log-sum-exps), columns (read v, write
-what rows need), rows (read it and content, write the result). Backward: columns again, rows and columns transposed,
-then queries, then keys and values, which add both gradients of the values.
+scalars of each line of the map. Forward: content (read q, k, v; write content and softmax statistics), columns (read v,
+write what rows need), rows (read it and content, write the result). Backward: columns again, rows and columns
+transposed, then queries, then keys and values, which add both gradients of the values.
+
+Logits of position grow with the square of the map, and so would their rounding and that of the means which the
+softmax's gradient subtracts. So distances are counted from the one that weighs most: the logit of distance ``e`` less
+that of ``p`` is ``(e - p) * (linear + square * (e + p))``, in which nothing large cancels.
 
 Letters: B batch, h heads, N = H * W tokens, d channels, dv channels of values. Logits of content are in units of log 2;
 those of position are not, for factors rounded to other units would put every distance wrong in the same direction.
@@ -19,9 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from visionattn.kernels._blocks import LOG2E, attention_configs, block, dot, load_rows, online_softmax, store_rows
+from visionattn.kernels._blocks import LOG2E, attention_configs, block, dot, load_rows, store_rows
 from visionattn.kernels._launch import Config, launch
 from visionattn.kernels._layout import heads_last, rows
+from visionattn.kernels._softmax import load_stats, online_softmax, store_stats
 
 COLUMNS, ROWS = 0, 1  # the axis that a query attends along: within its row, or within its column
 
@@ -29,15 +34,15 @@ COLUMNS, ROWS = 0, 1  # the axis that a query attends along: within its row, or 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, position: Tensor, gate: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Attend: ``(B, h, H, W, dv)``; for the backward pass, the content's part of it, its log-sum-exps ``(B, h, N)``,
-    and of each position on an axis the log-sum-exp and the means of distance and its square ``(3, h, W + H)``.
+    """Attend: ``(B, h, H, W, dv)``; for the backward pass, the content's part of it, its softmax statistics ``(B, h, N,
+    2)`` (`load_stats`), and what `_axes` says of each position on an axis ``(4, h, W + H)``.
     """
     v, position = rows(v), position.contiguous()
     B, h, H, W, dv = v.shape
     q, k, tokens = (rows(x.flatten(2, 3)) for x in (q, k, v))
     N, d = q.shape[2:]
     content, out, between = (heads_last(v, v.shape) for _ in range(3))
-    lse, axes = (v.new_empty(shape, dtype=torch.float32) for shape in ((B, h, N), (3, h, W + H)))
+    stats, axes = (v.new_empty(shape, dtype=torch.float32) for shape in ((B, h, N, 2), (4, h, W + H)))
     launch(
         _axes,
         lambda b: h * triton.cdiv(W + H, b["BLOCK_I"]),
@@ -49,13 +54,13 @@ def forward(
     launch(
         _content,
         lambda b: B * h * triton.cdiv(N, b["BLOCK_N"]),
-        *(q, k, tokens, results, lse, *strides, h, N, scale * LOG2E),
+        *(q, k, tokens, results, stats, *strides, h, N, scale * LOG2E),
         configs=attention_configs(q.dtype, max(d, dv), own="BLOCK_N", other="BLOCK_S"),
         **_widths(d, dv),
     )
     _along(COLUMNS, v, position, axes, between)
     _along(ROWS, between, position, axes, out, mix=(content, gate.contiguous()))
-    return out, content, lse, axes
+    return out, content, stats, axes
 
 
 def backward(
@@ -67,7 +72,7 @@ def backward(
     gate: Tensor,
     scale: float,
     content: Tensor,
-    lse: Tensor,
+    stats: Tensor,
     axes: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, position and gate."""
@@ -83,12 +88,12 @@ def backward(
     q, k, v, grads = (rows(x.flatten(2, 3)) for x in (q, k, v, dout))
     to_q, to_k, to_v, content, by_position = (x.flatten(2, 3) for x in (dq, dk, dvalues, content, by_position))
     N, d = q.shape[2:]
-    sums, positional_sums = torch.empty_like(lse), torch.empty_like(lse)
+    sums, positional_sums = stats.new_empty(B, h, N), stats.new_empty(B, h, N)
     inputs = [s for x in (q, k, v, grads) for s in x.stride()[:3]]
     launch(
         _backward_q,
         lambda b: B * h * triton.cdiv(N, b["BLOCK_N"]),
-        *(q, k, v, grads, content, gate, lse, sums, to_q),
+        *(q, k, v, grads, content, gate, stats, sums, to_q),
         *(*inputs, *content.stride()[:3], *to_q.stride()[:3], h, N, scale, scale * LOG2E),
         configs=attention_configs(q.dtype, max(d, dv), own="BLOCK_N", other="BLOCK_S"),
         **_widths(d, dv),
@@ -96,7 +101,7 @@ def backward(
     launch(
         _backward_kv,
         lambda b: B * h * triton.cdiv(N, b["BLOCK_S"]),
-        *(q, k, v, grads, by_position, gate, lse, sums, positional_sums, to_k, to_v, *inputs),
+        *(q, k, v, grads, by_position, gate, stats, sums, positional_sums, to_k, to_v, *inputs),
         *(*by_position.stride()[:3], *to_k.stride()[:3], *to_v.stride()[:3], h, N, scale, scale * LOG2E),
         # One stage: with two, sm_100 spills four bytes at the widths of ConViT's heads.
         configs=[replace(c, stages=1) for c in attention_configs(q.dtype, max(d, dv), own="BLOCK_S", other="BLOCK_N")],
@@ -163,6 +168,9 @@ def _factors(position, head, axis):
 
 @triton.jit
 def _axes(position, axes, heads, H, W, log2e, BLOCK_I: tl.constexpr, BLOCK_L: tl.constexpr):
+    """Of each query on an axis: the distance that weighs most, ``p``; the inverse of the sum of weights relative to it;
+    the means of distance and of its square, less ``p`` and its square.
+    """
     blocks = tl.cdiv(H + W, BLOCK_I)
     head = tl.program_id(0) // blocks
     at = tl.program_id(0) % blocks * BLOCK_I + tl.arange(0, BLOCK_I)  # first those on columns, then those on rows
@@ -172,26 +180,31 @@ def _axes(position, axes, heads, H, W, log2e, BLOCK_I: tl.constexpr, BLOCK_L: tl
     linear = tl.where(at < W, by_column, by_row)[:, None]
 
     top = tl.full((BLOCK_I,), float("-inf"), tl.float32)
+    peak = tl.zeros((BLOCK_I,), tl.float32)
     for start in range(0, tl.maximum(H, W), BLOCK_L):
         other = start + tl.arange(0, BLOCK_L)[None, :]
         distance = (other - i).to(tl.float32)
-        logits = distance * (linear + square * distance)
-        top = tl.maximum(top, tl.max(tl.where(other < size, logits, float("-inf")), 1))
+        logits = tl.where(other < size, distance * (linear + square * distance), float("-inf"))
+        block_top = tl.max(logits, 1)
+        farthest = tl.max(tl.where(logits == block_top[:, None], distance, float("-inf")), 1)
+        peak = tl.where(block_top > top, farthest, peak)
+        top = tl.maximum(top, block_top)
     total = tl.zeros((BLOCK_I,), tl.float32)
     distances = tl.zeros((BLOCK_I,), tl.float32)
     squares = tl.zeros((BLOCK_I,), tl.float32)
     for start in range(0, tl.maximum(H, W), BLOCK_L):
         other = start + tl.arange(0, BLOCK_L)[None, :]
         distance = (other - i).to(tl.float32)
-        logits = distance * (linear + square * distance)
-        weights = tl.where(other < size, tl.exp2((logits - top[:, None]) * log2e), 0.0)
+        past, both = distance - peak[:, None], distance + peak[:, None]
+        weights = tl.exp2(tl.where(other < size, past * (linear + square * both) * log2e, float("-inf")))
         total += tl.sum(weights, 1)
-        distances += tl.sum(weights * distance, 1)
-        squares += tl.sum(weights * distance * distance, 1)
+        distances += tl.sum(weights * past, 1)
+        squares += tl.sum(weights * (past * both), 1)
     axes += head * (H + W) + at
-    tl.store(axes, top + tl.log2(total) / log2e, mask=at < H + W)
-    tl.store(axes + heads * (H + W), distances / total, mask=at < H + W)
-    tl.store(axes + 2 * heads * (H + W), squares / total, mask=at < H + W)
+    tl.store(axes, peak, mask=at < H + W)
+    tl.store(axes + heads * (H + W), 1.0 / total, mask=at < H + W)
+    tl.store(axes + 2 * heads * (H + W), distances / total, mask=at < H + W)
+    tl.store(axes + 3 * heads * (H + W), squares / total, mask=at < H + W)
 
 
 @triton.jit
@@ -210,15 +223,17 @@ def _axis(
     axes += head * axes_size + (axes_size - size if AXIS == 1 else 0)
     i = tl.program_id(0) % blocks * BLOCK_I + tl.arange(0, BLOCK_I)
     linear, square = _factors(position, head, AXIS)
-    lse = tl.load(axes + i, mask=i < size, other=0.0)
+    peak = tl.load(axes + i, mask=i < size, other=0.0)
+    inverse = tl.load(axes + heads * axes_size + i, mask=i < size, other=0.0)
 
     result = tl.zeros((BLOCK_I, BLOCK_DV), tl.float32)
     for start in range(0, size, BLOCK_L):
         at = start + tl.arange(0, BLOCK_L)
         values = load_rows(x, at, x_i, at < size, DV, BLOCK_DV)
         distance = (at[None, :] - i[:, None]).to(tl.float32)
-        weights = tl.exp2((distance * (linear + square * distance) - lse[:, None]) * log2e)
-        weights = tl.where((at < size)[None, :] & (i < size)[:, None], weights, 0.0)
+        past, both = distance - peak[:, None], distance + peak[:, None]
+        valid = (at < size)[None, :] & (i < size)[:, None]
+        weights = tl.exp2(tl.where(valid, past * (linear + square * both) * log2e, float("-inf"))) * inverse[:, None]
         result = dot(weights.to(values.dtype), values, result)
     if MIX:
         share = tl.load(gate + head).to(tl.float32)
@@ -251,16 +266,19 @@ def _axis_backward(
         for start in range(0, size, BLOCK_I):
             i = start + tl.arange(0, BLOCK_I)  # queries
             grads = load_rows(dy, i, dy_i, i < size, DV, BLOCK_DV)
-            lse = tl.load(axes + i, mask=i < size, other=0.0)
-            mean = tl.load(axes + heads * axes_size + i, mask=i < size, other=0.0)
-            mean_square = tl.load(axes + 2 * heads * axes_size + i, mask=i < size, other=0.0)
+            peak = tl.load(axes + i, mask=i < size, other=0.0)
+            inverse = tl.load(axes + heads * axes_size + i, mask=i < size, other=0.0)
+            mean = tl.load(axes + 2 * heads * axes_size + i, mask=i < size, other=0.0)
+            mean_square = tl.load(axes + 3 * heads * axes_size + i, mask=i < size, other=0.0)
             distance = (at[:, None] - i[None, :]).to(tl.float32)
-            weights = tl.exp2((distance * (linear + square * distance) - lse[None, :]) * log2e)
-            weights = tl.where((at < size)[:, None] & (i < size)[None, :], weights, 0.0)
+            past, both = distance - peak[None, :], distance + peak[None, :]
+            valid = (at < size)[:, None] & (i < size)[None, :]
+            weights = tl.exp2(tl.where(valid, past * (linear + square * both) * log2e, float("-inf")))
+            weights *= inverse[None, :]
             result = dot(weights.to(grads.dtype), grads, result)
             dweights = weights * dot(values, tl.trans(grads))
-            dlinear += tl.sum(dweights * (distance - mean[None, :]), 1)
-            dsquare += tl.sum(dweights * (distance * distance - mean_square[None, :]), 1)
+            dlinear += tl.sum(dweights * (past - mean[None, :]), 1)
+            dsquare += tl.sum(dweights * (past * both - mean_square[None, :]), 1)
         store_rows(dx, at, dx_i, at < size, result, DV, BLOCK_DV)
     sums += tl.program_id(0).to(tl.int64) * 2
     tl.store(sums, tl.sum(dlinear, 0))
@@ -269,7 +287,7 @@ def _axis_backward(
 
 @triton.jit
 def _content(
-    q, k, v, out, lse,
+    q, k, v, out, stats,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, out_b, out_h, out_n,
     heads, N, scale2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -294,13 +312,13 @@ def _content(
         weights, shrink, top, total = online_softmax(logits, top, total)
         values = load_rows(v, s, v_n, s < N, DV, BLOCK_DV)
         result = dot(weights.to(values.dtype), values, result * shrink[:, None])
-    tl.store(lse + group * N + n, top + tl.log2(total), mask=n < N)
-    store_rows(out + b * out_b + head * out_h, n, out_n, n < N, result / total[:, None], DV, BLOCK_DV)
+    inverse = store_stats(stats, group * N + n, n < N, top, total)
+    store_rows(out + b * out_b + head * out_h, n, out_n, n < N, result * inverse[:, None], DV, BLOCK_DV)
 
 
 @triton.jit
 def _backward_q(
-    q, k, v, dout, content, gate, lse, sums, dq,
+    q, k, v, dout, content, gate, stats, sums, dq,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, do_b, do_h, do_n, c_b, c_h, c_n, dq_b, dq_h, dq_n,
     heads, N, scale, scale2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -317,7 +335,7 @@ def _backward_q(
     results = load_rows(content + b * c_b + head * c_h, n, c_n, n < N, DV, BLOCK_DV)
     row_sum = tl.sum(grads.to(tl.float32) * results.to(tl.float32), 1)
     tl.store(sums + group * N + n, row_sum, mask=n < N)
-    row_lse = tl.load(lse + group * N + n, mask=n < N, other=0.0)
+    top, inverse = load_stats(stats, group * N + n, n < N)
 
     dqueries = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for start in range(0, N, BLOCK_S):
@@ -325,7 +343,7 @@ def _backward_q(
         keys = load_rows(k, s, k_n, s < N, D, BLOCK_D)
         values = load_rows(v, s, v_n, s < N, DV, BLOCK_DV)
         logits = dot(queries, tl.trans(keys)) * scale2
-        attn = tl.where((s < N)[None, :], tl.exp2(logits - row_lse[:, None]), 0.0)
+        attn = tl.where((s < N)[None, :], tl.exp2(logits - top[:, None]) * inverse[:, None], 0.0)
         dlogits = attn * (dot(grads, tl.trans(values)) - row_sum[:, None])
         dqueries = dot(dlogits.to(keys.dtype), keys, dqueries)
     dqueries *= scale * (1.0 - tl.load(gate + head).to(tl.float32))
@@ -334,7 +352,7 @@ def _backward_q(
 
 @triton.jit
 def _backward_kv(
-    q, k, v, dout, by_position, gate, lse, sums, positional_sums, dk, dv,
+    q, k, v, dout, by_position, gate, stats, sums, positional_sums, dk, dv,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, do_b, do_h, do_n,
     p_b, p_h, p_n, dk_b, dk_h, dk_n, dv_b, dv_h, dv_n,
     heads, N, scale, scale2,
@@ -356,10 +374,10 @@ def _backward_kv(
         n = start + tl.arange(0, BLOCK_N)
         queries = load_rows(q, n, q_n, n < N, D, BLOCK_D)
         grads = load_rows(dout, n, do_n, n < N, DV, BLOCK_DV)
-        row_lse = tl.load(lse + group * N + n, mask=n < N, other=0.0)
+        top, inverse = load_stats(stats, group * N + n, n < N)
         row_sum = tl.load(sums + group * N + n, mask=n < N, other=0.0)
         logits = dot(keys, tl.trans(queries)) * scale2  # (keys, queries)
-        attn = tl.where((n < N)[None, :], tl.exp2(logits - row_lse[None, :]), 0.0)
+        attn = tl.exp2(logits - top[None, :]) * inverse[None, :]
         dvalues = dot(attn.to(grads.dtype), grads, dvalues)
         dlogits = attn * (dot(values, tl.trans(grads)) - row_sum[None, :])
         dkeys = dot(dlogits.to(queries.dtype), queries, dkeys)

@@ -21,6 +21,7 @@ from torch import Tensor
 from visionattn.kernels._blocks import LOG2E, attention_configs, block, dot, load_rows, store_rows
 from visionattn.kernels._launch import Config, launch
 from visionattn.kernels._layout import heads_last, rows
+from visionattn.kernels._softmax import load_stats, online_softmax, store_stats
 
 TILES = {16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16)}  # of a program's own tokens
 PROGRAMS = 1024  # that share the work on the bias's gradient: several for each multiprocessor
@@ -31,20 +32,20 @@ Pair = tuple[int, int]
 def forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, kernel_size: Pair, dilation: Pair, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attend: ``(B, h, H, W, dv)``, and log-sum-exps ``(B, h, N)`` for the backward pass."""
+    """Attend: ``(B, h, H, W, dv)``, and softmax statistics ``(B, h, N, 2)`` for the backward pass (`load_stats`)."""
     B, h, H, W, d = q.shape
     dv = v.shape[-1]
     q, k, v = (_tokens(x) for x in (q, k, v))
-    out, lse = heads_last(v, (B, h, H * W, dv)), q.new_empty(B, h, H * W, dtype=torch.float32)
+    out, stats = heads_last(v, (B, h, H * W, dv)), q.new_empty(B, h, H * W, 2, dtype=torch.float32)
     launch(
         _forward,
         lambda b: B * h * _tiles((H, W), dilation, b),
-        *(q, k, v, _table(bias), out, lse, *(s for x in (q, k, v, out) for s in x.stride()[:3])),
+        *(q, k, v, _table(bias), out, stats, *(s for x in (q, k, v, out) for s in x.stride()[:3])),
         *(h, H, W, *kernel_size, *dilation, scale * LOG2E),
         configs=_configs(q.dtype, max(d, dv)),
         **_widths(d, dv),
     )
-    return out.unflatten(2, (H, W)), lse
+    return out.unflatten(2, (H, W)), stats
 
 
 def backward(
@@ -57,27 +58,27 @@ def backward(
     dilation: Pair,
     scale: float,
     out: Tensor,
-    lse: Tensor,
+    stats: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the bias; an empty tensor for the last without a bias."""
     B, h, H, W, d = q.shape
     width, table = v.shape[-1], _table(bias)
     dout, q, k, v, out = (_tokens(x) for x in (dout, q, k, v, out))
     dq, dk, dv = (heads_last(x, x.shape) for x in (q, k, v))
-    sums = torch.empty_like(lse)
+    sums = stats.new_empty(B, h, H * W)
     inputs = [s for x in (q, k, v, dout) for s in x.stride()[:3]]
     numbers = (h, H, W, *kernel_size, *dilation, scale, scale * LOG2E)
     launch(
         _backward_q,
         lambda b: B * h * _tiles((H, W), dilation, b),
-        *(q, k, v, table, dout, out, lse, sums, dq, *inputs, *out.stride()[:3], *dq.stride()[:3], *numbers),
+        *(q, k, v, table, dout, out, stats, sums, dq, *inputs, *out.stride()[:3], *dq.stride()[:3], *numbers),
         configs=_configs(q.dtype, max(d, width)),
         **_widths(d, width),
     )
     launch(
         _backward_kv,
         lambda b: B * h * _tiles((H, W), dilation, b),
-        *(q, k, v, table, dout, lse, sums, dk, dv, *inputs, *dk.stride()[:3], *dv.stride()[:3], *numbers),
+        *(q, k, v, table, dout, stats, sums, dk, dv, *inputs, *dk.stride()[:3], *dv.stride()[:3], *numbers),
         configs=_configs(q.dtype, max(d, width)),
         **_widths(d, width),
     )
@@ -95,7 +96,7 @@ def backward(
     launch(
         _backward_bias,
         lambda b: h * splits * blocks,
-        *(q, k, v, table, dout, lse, sums, partial, *inputs),
+        *(q, k, v, table, dout, stats, sums, partial, *inputs),
         *(h, H, W, Kh, Kw, *dilation, scale * LOG2E, items, splits),
         configs=[config],
         **_widths(d, width),
@@ -188,7 +189,7 @@ def _add_bias(logits, qy, qx, window_y, window_x, ky, kx, bias, kernel_y, kernel
 
 @triton.jit
 def _forward(
-    q, k, v, bias, out, lse,
+    q, k, v, bias, out, stats,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, out_b, out_h, out_n,
     heads, H, W, kernel_y, kernel_x, dh, dw, scale2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -229,19 +230,15 @@ def _forward(
             *(qy[:, None], qx[:, None], window_y[:, None], window_x[:, None], ky[None, :], kx[None, :]),
             *(bias, kernel_y, kernel_x),
         )
-        new_top = tl.maximum(top, tl.max(logits, 1))
-        attn = tl.exp2(logits - new_top[:, None])
-        shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(attn, 1)
+        attn, shrink, top, total = online_softmax(logits, top, total)
         result = dot(attn.to(values.dtype), values, result * shrink[:, None])
-        top = new_top
-    tl.store(lse + group * H * W + n, top + tl.log2(total), mask=valid)
-    store_rows(out, n, out_n, valid, result / total[:, None], DV, BLOCK_DV)
+    inverse = store_stats(stats, group * H * W + n, valid, top, total)
+    store_rows(out, n, out_n, valid, result * inverse[:, None], DV, BLOCK_DV)
 
 
 @triton.jit
 def _backward_q(
-    q, k, v, bias, dout, out, lse, sums, dq,
+    q, k, v, bias, dout, out, stats, sums, dq,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, do_b, do_h, do_n, out_b, out_h, out_n, dq_b, dq_h, dq_n,
     heads, H, W, kernel_y, kernel_x, dh, dw, scale, scale2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -268,7 +265,7 @@ def _backward_q(
     queries = load_rows(q, n, q_n, valid, D, BLOCK_D)
     grads = load_rows(dout, n, do_n, valid, DV, BLOCK_DV)
     outputs = load_rows(out, n, out_n, valid, DV, BLOCK_DV)
-    row_lse = tl.load(lse + group * H * W + n, mask=valid, other=0.0)
+    top, inverse = load_stats(stats, group * H * W + n, valid)
     row_sum = tl.sum(grads.to(tl.float32) * outputs.to(tl.float32), 1)  # of probability times its gradient
     tl.store(sums + group * H * W + n, row_sum, mask=valid)
 
@@ -286,7 +283,7 @@ def _backward_q(
             *(qy[:, None], qx[:, None], window_y[:, None], window_x[:, None], ky[None, :], kx[None, :]),
             *(bias, kernel_y, kernel_x),
         )
-        attn = tl.exp2(logits - row_lse[:, None])
+        attn = tl.exp2(logits - top[:, None]) * inverse[:, None]
         dlogits = attn * (dot(grads, tl.trans(values)) - row_sum[:, None])
         result = dot(dlogits.to(keys.dtype), keys, result)
     store_rows(dq + b * dq_b + head * dq_h, n, dq_n, valid, result * scale, D, BLOCK_D)
@@ -294,7 +291,7 @@ def _backward_q(
 
 @triton.jit
 def _backward_kv(
-    q, k, v, bias, dout, lse, sums, dk, dv,
+    q, k, v, bias, dout, stats, sums, dk, dv,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, do_b, do_h, do_n, dk_b, dk_h, dk_n, dv_b, dv_h, dv_n,
     heads, H, W, kernel_y, kernel_x, dh, dw, scale, scale2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -331,14 +328,14 @@ def _backward_kv(
         window_x = _window(qx, size_x, kernel_x)
         queries = load_rows(q, n, q_n, is_query, D, BLOCK_D)
         grads = load_rows(dout, n, do_n, is_query, DV, BLOCK_DV)
-        row_lse = tl.load(lse + group * H * W + n, mask=is_query, other=0.0)
+        top, inverse = load_stats(stats, group * H * W + n, is_query)
         row_sum = tl.load(sums + group * H * W + n, mask=is_query, other=0.0)
         logits = _add_bias(  # (keys, queries)
             dot(keys, tl.trans(queries)) * scale2,
             *(qy[None, :], qx[None, :], window_y[None, :], window_x[None, :], ky[:, None], kx[:, None]),
             *(bias, kernel_y, kernel_x),
         )
-        attn = tl.exp2(logits - row_lse[None, :])
+        attn = tl.exp2(logits - top[None, :]) * inverse[None, :]
         dvalues = dot(attn.to(grads.dtype), grads, dvalues)
         dlogits = attn * (dot(values, tl.trans(grads)) - row_sum[None, :])
         dkeys = dot(dlogits.to(queries.dtype), queries, dkeys)
@@ -348,7 +345,7 @@ def _backward_kv(
 
 @triton.jit
 def _backward_bias(
-    q, k, v, bias, dout, lse, sums, partial,
+    q, k, v, bias, dout, stats, sums, partial,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, do_b, do_h, do_n,
     heads, H, W, kernel_y, kernel_x, dh, dw, scale2, items, splits,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -390,14 +387,14 @@ def _backward_bias(
             keys = load_rows(k + b * k_b, s, k_n, is_key, D, BLOCK_D)
             values = load_rows(v + b * v_b, s, v_n, is_key, DV, BLOCK_DV)
             at = (b * heads + head) * H * W + n
-            row_lse = tl.load(lse + at, mask=is_query, other=0.0)
+            peak, inverse = load_stats(stats, at, is_query)
             row_sum = tl.load(sums + at, mask=is_query, other=0.0)
             logits = _add_bias(
                 dot(queries, tl.trans(keys)) * scale2,
                 *(qy[:, None], qx[:, None], window_y[:, None], window_x[:, None], ky[None, :], kx[None, :]),
                 *(bias, kernel_y, kernel_x),
             )
-            attn = tl.exp2(logits - row_lse[:, None])
+            attn = tl.exp2(logits - peak[:, None]) * inverse[:, None]
             result += attn * (dot(grads, tl.trans(values)) - row_sum[:, None])
     places = reach_y * reach_x
     at = ((split * heads + head) * (TILE_H * TILE_W) + i)[:, None] * places + j[None, :]

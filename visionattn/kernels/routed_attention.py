@@ -2,9 +2,9 @@
 
 A program holds queries of one region and walks over the tokens of the regions routed to it as one list, so that a block
 of keys holds the tokens of several small regions. A map is never cut into regions, nor are keys gathered: both are
-addresses. The forward pass reads the queries and each routed key once and keeps the log-sum-exps. So does the backward
-pass for queries. That for keys and values walks from every region over the regions that route to it, by the inverse of
-the index: a list sorted once, as long as the index.
+addresses. The forward pass reads the queries and each routed key once and keeps the softmax's statistics. So does the
+backward pass for queries. That for keys and values walks from every region over the regions that route to it, by
+the inverse of the index: a list sorted once, as long as the index.
 
 Letters: B batch, h heads, P regions, T tokens of a region, d channels, dv channels of values. Logits are in units of
 log 2.
@@ -15,30 +15,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from visionattn.kernels._blocks import LOG2E, attention_configs, block, dot, load_rows, online_softmax, store_rows
+from visionattn.kernels._blocks import LOG2E, attention_configs, block, dot, load_rows, store_rows
 from visionattn.kernels._launch import Config, launch
 from visionattn.kernels._layout import heads_last, rows
+from visionattn.kernels._softmax import load_stats, online_softmax, store_stats
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, index: Tensor, grid: tuple[int, int], scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attend: ``(B, h, H, W, dv)``, and log-sum-exps ``(B, h, P, T)`` for the backward pass."""
+    """Attend: ``(B, h, H, W, dv)``, and softmax statistics ``(B, h, P, T, 2)`` for the backward pass (`load_stats`)."""
     q, k, v = rows(q), rows(k), rows(v)
     B, h, H, W, d = q.shape
     P, topk = index.shape[1:]
     region = (H // grid[0], W // grid[1])
     T, dv = region[0] * region[1], v.shape[-1]
-    out, lse = heads_last(v, (B, h, H, W, dv)), q.new_empty(B, h, P, T, dtype=torch.float32)
+    out, stats = heads_last(v, (B, h, H, W, dv)), q.new_empty(B, h, P, T, 2, dtype=torch.float32)
     strides = [s for x in (q, k, v, out) for s in x.stride()[:4]]
     launch(
         _forward,
         lambda b: B * h * P * triton.cdiv(T, b["BLOCK_N"]),
-        *(q, k, v, index.contiguous(), out, lse, *strides, h, P, topk, grid[1], *region, scale * LOG2E),
+        *(q, k, v, index.contiguous(), out, stats, *strides, h, P, topk, grid[1], *region, scale * LOG2E),
         configs=_configs(q.dtype, max(d, dv), T, own="BLOCK_N", other="BLOCK_S"),
         **_widths(d, dv),
     )
-    return out, lse
+    return out, stats
 
 
 def backward(
@@ -50,7 +51,7 @@ def backward(
     grid: tuple[int, int],
     scale: float,
     out: Tensor,
-    lse: Tensor,
+    stats: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
     dout, q, k, v = rows(dout), rows(q), rows(k), rows(v)
@@ -59,13 +60,13 @@ def backward(
     region = (H // grid[0], W // grid[1])
     T, dv = region[0] * region[1], v.shape[-1]
     dq, dk, dvalues = (heads_last(x, x.shape) for x in (q, k, v))
-    sums = torch.empty_like(lse)
+    sums = stats.new_empty(B, h, P, T)
     inputs = [s for x in (q, k, v, dout) for s in x.stride()[:4]]
     sizes = (grid[1], *region, scale, scale * LOG2E)
     launch(
         _backward_q,
         lambda b: B * h * P * triton.cdiv(T, b["BLOCK_N"]),
-        *(q, k, v, index.contiguous(), out, dout, lse, sums, dq),
+        *(q, k, v, index.contiguous(), out, dout, stats, sums, dq),
         *(*inputs, *out.stride()[:4], *dq.stride()[:4], h, P, topk, *sizes),
         configs=_configs(q.dtype, max(d, dv), T, own="BLOCK_N", other="BLOCK_S"),
         **_widths(d, dv),
@@ -74,7 +75,7 @@ def backward(
     launch(
         _backward_kv,
         lambda b: B * h * P * triton.cdiv(T, b["BLOCK_S"]),
-        *(q, k, v, sources, starts, dout, lse, sums, dk, dvalues),
+        *(q, k, v, sources, starts, dout, stats, sums, dk, dvalues),
         *(*inputs, *dk.stride()[:4], *dvalues.stride()[:4], h, P, *sizes),
         configs=_configs(q.dtype, max(d, dv), T, own="BLOCK_S", other="BLOCK_N"),
         **_widths(d, dv),
@@ -122,7 +123,7 @@ def _program(own_blocks, heads, P):
 
 @triton.jit
 def _forward(
-    q, k, v, index, out, lse,
+    q, k, v, index, out, stats,
     q_b, q_h, q_y, q_x, k_b, k_h, k_y, k_x, v_b, v_h, v_y, v_x, out_b, out_h, out_y, out_x,
     heads, P, topk, grid_w, region_h, region_w, scale2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -150,14 +151,14 @@ def _forward(
         weights, shrink, top, total = online_softmax(logits, top, total)
         values = load_rows(v, _at(target, s % T, grid_w, region_h, region_w, v_y, v_x), 1, valid, DV, BLOCK_DV)
         result = dot(weights.to(values.dtype), values, result * shrink[:, None])
-    tl.store(lse + (group * P + region) * T + n, top + tl.log2(total), mask=n < T)
+    inverse = store_stats(stats, (group * P + region) * T + n, n < T, top, total)
     out_at = _at(region, n, grid_w, region_h, region_w, out_y, out_x)
-    store_rows(out + b * out_b + head * out_h, out_at, 1, n < T, result / total[:, None], DV, BLOCK_DV)
+    store_rows(out + b * out_b + head * out_h, out_at, 1, n < T, result * inverse[:, None], DV, BLOCK_DV)
 
 
 @triton.jit
 def _backward_q(
-    q, k, v, index, out, dout, lse, sums, dq,
+    q, k, v, index, out, dout, stats, sums, dq,
     q_b, q_h, q_y, q_x, k_b, k_h, k_y, k_x, v_b, v_h, v_y, v_x, do_b, do_h, do_y, do_x,
     out_b, out_h, out_y, out_x, dq_b, dq_h, dq_y, dq_x,
     heads, P, topk, grid_w, region_h, region_w, scale, scale2,
@@ -177,9 +178,9 @@ def _backward_q(
     out_at = _at(region, n, grid_w, region_h, region_w, out_y, out_x)
     results = load_rows(out + b * out_b + head * out_h, out_at, 1, n < T, DV, BLOCK_DV)
     row_sum = tl.sum(grads.to(tl.float32) * results.to(tl.float32), 1)
-    stats = (group * P + region) * T + n
-    tl.store(sums + stats, row_sum, mask=n < T)
-    row_lse = tl.load(lse + stats, mask=n < T, other=0.0)
+    at = (group * P + region) * T + n
+    tl.store(sums + at, row_sum, mask=n < T)
+    top, inverse = load_stats(stats, at, n < T)
 
     dqueries = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for start in range(0, topk * T, BLOCK_S):
@@ -189,7 +190,7 @@ def _backward_q(
         keys = load_rows(k, _at(target, s % T, grid_w, region_h, region_w, k_y, k_x), 1, valid, D, BLOCK_D)
         values = load_rows(v, _at(target, s % T, grid_w, region_h, region_w, v_y, v_x), 1, valid, DV, BLOCK_DV)
         logits = dot(queries, tl.trans(keys)) * scale2
-        attn = tl.where(valid[None, :], tl.exp2(logits - row_lse[:, None]), 0.0)
+        attn = tl.where(valid[None, :], tl.exp2(logits - top[:, None]) * inverse[:, None], 0.0)
         dlogits = attn * (dot(grads, tl.trans(values)) - row_sum[:, None])
         dqueries = dot(dlogits.to(keys.dtype), keys, dqueries)
     dq_at = _at(region, n, grid_w, region_h, region_w, dq_y, dq_x)
@@ -198,7 +199,7 @@ def _backward_q(
 
 @triton.jit
 def _backward_kv(
-    q, k, v, sources, starts, dout, lse, sums, dk, dv,
+    q, k, v, sources, starts, dout, stats, sums, dk, dv,
     q_b, q_h, q_y, q_x, k_b, k_h, k_y, k_x, v_b, v_h, v_y, v_x, do_b, do_h, do_y, do_x,
     dk_b, dk_h, dk_y, dk_x, dv_b, dv_h, dv_y, dv_x,
     heads, P, grid_w, region_h, region_w, scale, scale2,
@@ -226,11 +227,11 @@ def _backward_kv(
         source = tl.load(sources + n // T, mask=valid, other=0).to(tl.int32)
         queries = load_rows(q, _at(source, n % T, grid_w, region_h, region_w, q_y, q_x), 1, valid, D, BLOCK_D)
         grads = load_rows(dout, _at(source, n % T, grid_w, region_h, region_w, do_y, do_x), 1, valid, DV, BLOCK_DV)
-        stats = (group * P + source) * T + n % T
-        row_lse = tl.load(lse + stats, mask=valid, other=0.0)
-        row_sum = tl.load(sums + stats, mask=valid, other=0.0)
+        at = (group * P + source) * T + n % T
+        top, inverse = load_stats(stats, at, valid)
+        row_sum = tl.load(sums + at, mask=valid, other=0.0)
         logits = dot(keys, tl.trans(queries)) * scale2  # (keys, queries)
-        attn = tl.where(valid[None, :], tl.exp2(logits - row_lse[None, :]), 0.0)
+        attn = tl.exp2(logits - top[None, :]) * inverse[None, :]
         dvalues = dot(attn.to(grads.dtype), grads, dvalues)
         dlogits = attn * (dot(values, tl.trans(grads)) - row_sum[None, :])
         dkeys = dot(dlogits.to(queries.dtype), queries, dkeys)

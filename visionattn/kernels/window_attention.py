@@ -20,9 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from visionattn.kernels._blocks import LOG2E, attention_configs, block, dot, load_rows, online_softmax, store_rows
+from visionattn.kernels._blocks import LOG2E, attention_configs, block, dot, load_rows, store_rows
 from visionattn.kernels._launch import Config, launch
 from visionattn.kernels._layout import heads_last, rows
+from visionattn.kernels._softmax import load_stats, online_softmax, store_stats
 
 PROGRAMS = 1024  # that walk over windows where a bias's gradient is summed: a few on each processor of a GPU
 BIAS_UNIT = tl.constexpr(LOG2E)
@@ -38,19 +39,19 @@ def forward(
     grid: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Attend: ``(B, h, H, W, dv)``, and log-sum-exps ``(B, h, H * W)`` for the backward pass."""
+    """Attend: ``(B, h, H, W, dv)``, and softmax statistics ``(B, h, H * W, 2)`` for backward (`load_stats`)."""
     q, k, v = rows(q), rows(k), rows(v)
     B, h, H, W, d = q.shape
     dv, n, biased = v.shape[4], window[0] * window[1], bias is not None
-    out, lse = heads_last(v, (B, h, H, W, dv)), q.new_empty(B, h, H * W, dtype=torch.float32)
+    out, stats = heads_last(v, (B, h, H, W, dv)), q.new_empty(B, h, H * W, 2, dtype=torch.float32)
     launch(
         _forward,
         lambda b: B * h * _blocks(H * W, n, b, "BLOCK_N"),
-        *(q, k, v, bias, out, lse, *_strides(q, k, v, out), *_place(h, H, W, window, shift), scale * LOG2E),
+        *(q, k, v, bias, out, stats, *_strides(q, k, v, out), *_place(h, H, W, window, shift), scale * LOG2E),
         configs=_configs(q.dtype, max(d, dv), n, "BLOCK_N", "BLOCK_S", tight=biased, most=2 - biased),
         **_widths(d, dv, bias, grid),
     )
-    return out, lse
+    return out, stats
 
 
 def backward(
@@ -64,7 +65,7 @@ def backward(
     grid: bool,
     scale: float,
     out: Tensor,
-    lse: Tensor,
+    stats: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the bias; that of no bias is empty."""
     dout, q, k, v, out = rows(dout), rows(q), rows(k), rows(v), rows(out)
@@ -82,26 +83,27 @@ def backward(
         launch(
             _backward_whole,
             lambda b: h * splits,
-            *(q, k, v, bias, dout, lse, dq, dk, dvalues, sums, *_strides(q, k, v, dout, dq, dk, dvalues)),
+            *(q, k, v, bias, dout, dq, dk, dvalues, sums, *_strides(q, k, v, dout, dq, dk, dvalues)),
             *(*place, *scales, items, per_split),
             configs=[whole],
             **widths,
         )
         return dq, dk, dvalues, _added(sums, q)
 
-    deltas = torch.empty_like(lse)
+    deltas = stats.new_empty(stats.shape[:3])
     launch(
         _backward_q,
         lambda b: B * h * _blocks(H * W, n, b, "BLOCK_N"),
-        *(q, k, v, bias, out, dout, lse, deltas, dq, *_strides(q, k, v, out, dout, dq), *place, *scales),
+        *(q, k, v, bias, out, dout, stats, deltas, dq, *_strides(q, k, v, out, dout, dq), *place, *scales),
         configs=_configs(q.dtype, max(d, dv), n, own="BLOCK_N", other="BLOCK_S", tight=True),
         **widths,
     )
     launch(
         _backward_kv,
         lambda b: B * h * _blocks(H * W, n, b, "BLOCK_S"),
-        *(q, k, v, bias, dout, lse, deltas, dk, dvalues, *_strides(q, k, v, dout, dk, dvalues), *place, *scales),
-        configs=_configs(q.dtype, max(d, dv), n, own="BLOCK_S", other="BLOCK_N", tight=True),
+        *(q, k, v, bias, dout, stats, deltas, dk, dvalues, *_strides(q, k, v, dout, dk, dvalues), *place, *scales),
+        # One stage: with two, sm_100 spills 36 bytes at the widths of Swin's heads.
+        configs=_configs(q.dtype, max(d, dv), n, own="BLOCK_S", other="BLOCK_N", tight=True, most=1),
         **widths,
     )
     sums = _partial_sums(bias, 0)
@@ -115,7 +117,7 @@ def backward(
         launch(
             _backward_bias,
             lambda b: h * splits * tiles,
-            *(q, k, v, bias, dout, lse, deltas, sums, *_strides(q, k, v, dout), *place, scale * LOG2E),
+            *(q, k, v, bias, dout, stats, deltas, sums, *_strides(q, k, v, dout), *place, scale * LOG2E),
             *(items, per_split),
             configs=[Config({**configs[0].blocks, "PACK": 1}, configs[0].warps, configs[0].stages)],
             **widths,
@@ -229,7 +231,7 @@ def _logits(queries, keys, scale2, bias, same, query, key, n, BIASED: tl.constex
 
 @triton.jit
 def _forward(
-    q, k, v, bias, out, lse,
+    q, k, v, bias, out, stats,
     q_b, q_h, q_y, q_x, k_b, k_h, k_y, k_x, v_b, v_h, v_y, v_x, out_b, out_h, out_y, out_x,
     heads, H, W, window_h, window_w, shift_h, shift_w, scale2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -262,14 +264,13 @@ def _forward(
         values = _load(v, ky, kx, v_y, v_x, other >= 0, DV, BLOCK_DV)
         result = dot(attn.to(values.dtype), values, result * shrink[:, None])
     total = tl.where(group >= 0, total, 1.0)
-    _store(out + b * out_b + head * out_h, y, x, out_y, out_x, group >= 0, result / total[:, None], DV, BLOCK_DV)
-    lse += (b * heads + head) * H * W + first * n
-    tl.store(lse + slot, top + tl.log2(total), mask=group >= 0)
+    inverse = store_stats(stats, (b * heads + head) * H * W + first * n + slot, group >= 0, top, total)
+    _store(out + b * out_b + head * out_h, y, x, out_y, out_x, group >= 0, result * inverse[:, None], DV, BLOCK_DV)
 
 
 @triton.jit
 def _backward_whole(
-    q, k, v, bias, dout, lse, dq, dk, dv, sums,
+    q, k, v, bias, dout, dq, dk, dv, sums,
     q_b, q_h, q_y, q_x, k_b, k_h, k_y, k_x, v_b, v_h, v_y, v_x, do_b, do_h, do_y, do_x,
     dq_b, dq_h, dq_y, dq_x, dk_b, dk_h, dk_y, dk_x, dv_b, dv_h, dv_y, dv_x,
     heads, H, W, window_h, window_w, shift_h, shift_w, scale, scale2, items, per_split,
@@ -297,13 +298,12 @@ def _backward_whole(
         queries = _load(q + b * q_b, y, x, q_y, q_x, valid, D, BLOCK_D)
         keys = _load(k + b * k_b, y, x, k_y, k_x, valid, D, BLOCK_D)
         grads = _load(dout + b * do_b, y, x, do_y, do_x, valid, DV, BLOCK_DV)
-        row_lse = tl.load(lse + (b * heads + head) * H * W + first * n + slot, mask=valid, other=0.0)
         same = _pairs(group, group)
         logits = _logits(queries, keys, scale2, bias, same, token[:, None], token[None, :], n, BIASED)
-        attn = tl.exp2(logits - row_lse[:, None])
-        _store(
-            dv + b * dv_b, y, x, dv_y, dv_x, valid, dot(tl.trans(attn.to(grads.dtype)), grads), DV, BLOCK_DV
-        )  # fmt: skip
+        attn = tl.exp2(logits - tl.maximum(tl.max(logits, 1), -1e30)[:, None])
+        attn *= (1.0 / tl.where(valid, tl.sum(attn, 1), 1.0))[:, None]
+        dvalues = dot(tl.trans(attn.to(grads.dtype)), grads)
+        _store(dv + b * dv_b, y, x, dv_y, dv_x, valid, dvalues, DV, BLOCK_DV)
         values = _load(v + b * v_b, y, x, v_y, v_x, valid, DV, BLOCK_DV)
         dattn = dot(grads, tl.trans(values))
         dlogits = attn * (dattn - tl.sum(attn * dattn, 1)[:, None])
@@ -321,7 +321,7 @@ def _backward_whole(
 
 @triton.jit
 def _backward_q(
-    q, k, v, bias, out, dout, lse, deltas, dq,
+    q, k, v, bias, out, dout, stats, deltas, dq,
     q_b, q_h, q_y, q_x, k_b, k_h, k_y, k_x, v_b, v_h, v_y, v_x, out_b, out_h, out_y, out_x,
     do_b, do_h, do_y, do_x, dq_b, dq_h, dq_y, dq_x,
     heads, H, W, window_h, window_w, shift_h, shift_w, scale, scale2,
@@ -346,7 +346,7 @@ def _backward_q(
     delta = tl.sum(result.to(tl.float32) * grads.to(tl.float32), 1)
     at = (b * heads + head) * H * W + first * n + slot
     tl.store(deltas + at, delta, mask=group >= 0)
-    row_lse = tl.load(lse + at, mask=group >= 0, other=0.0)
+    top, inverse = load_stats(stats, at, group >= 0)
 
     change = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for at in range(0, PACK * n, BLOCK_S):
@@ -357,14 +357,15 @@ def _backward_q(
         values = _load(v, ky, kx, v_y, v_x, other >= 0, DV, BLOCK_DV)
         same = _pairs(group, other)
         logits = _logits(queries, keys, scale2, bias, same, query[:, None], key[None, :], n, BIASED)
-        dlogits = tl.exp2(logits - row_lse[:, None]) * (dot(grads, tl.trans(values)) - delta[:, None])
+        attn = tl.exp2(logits - top[:, None]) * inverse[:, None]
+        dlogits = attn * (dot(grads, tl.trans(values)) - delta[:, None])
         change = dot(dlogits.to(keys.dtype), keys, change)
     _store(dq + b * dq_b + head * dq_h, y, x, dq_y, dq_x, group >= 0, change * scale, D, BLOCK_D)
 
 
 @triton.jit
 def _backward_kv(
-    q, k, v, bias, dout, lse, deltas, dk, dv,
+    q, k, v, bias, dout, stats, deltas, dk, dv,
     q_b, q_h, q_y, q_x, k_b, k_h, k_y, k_x, v_b, v_h, v_y, v_x, do_b, do_h, do_y, do_x,
     dk_b, dk_h, dk_y, dk_x, dv_b, dv_h, dv_y, dv_x,
     heads, H, W, window_h, window_w, shift_h, shift_w, scale, scale2,
@@ -389,17 +390,15 @@ def _backward_kv(
     dkeys = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
     dvalues = tl.zeros((BLOCK_S, BLOCK_DV), tl.float32)
     for at in range(0, PACK * n, BLOCK_N):
-        queries_slot = at + tl.arange(0, BLOCK_N)
-        other, query, qy, qx = _slots(
-            queries_slot, first, H, W, window_h, window_w, shift_h, shift_w, PACK, GRID
-        )  # fmt: skip
+        others = at + tl.arange(0, BLOCK_N)
+        other, query, qy, qx = _slots(others, first, H, W, window_h, window_w, shift_h, shift_w, PACK, GRID)
         queries = _load(q, qy, qx, q_y, q_x, other >= 0, D, BLOCK_D)
         grads = _load(dout, qy, qx, do_y, do_x, other >= 0, DV, BLOCK_DV)
-        row_lse = tl.load(lse + of_queries + queries_slot, mask=other >= 0, other=0.0)
-        delta = tl.load(deltas + of_queries + queries_slot, mask=other >= 0, other=0.0)
+        top, inverse = load_stats(stats, of_queries + others, other >= 0)
+        delta = tl.load(deltas + of_queries + others, mask=other >= 0, other=0.0)
         same = _pairs(group, other)
         logits = _logits(keys, queries, scale2, bias, same, query[None, :], key[:, None], n, BIASED)
-        attn = tl.exp2(logits - row_lse[None, :])  # (keys, queries)
+        attn = tl.exp2(logits - top[None, :]) * inverse[None, :]  # (keys, queries)
         dvalues = dot(attn.to(grads.dtype), grads, dvalues)
         dlogits = attn * (dot(values, tl.trans(grads)) - delta[None, :])
         dkeys = dot(dlogits.to(queries.dtype), queries, dkeys)
@@ -409,7 +408,7 @@ def _backward_kv(
 
 @triton.jit
 def _backward_bias(
-    q, k, v, bias, dout, lse, deltas, sums,
+    q, k, v, bias, dout, stats, deltas, sums,
     q_b, q_h, q_y, q_x, k_b, k_h, k_y, k_x, v_b, v_h, v_y, v_x, do_b, do_h, do_y, do_x,
     heads, H, W, window_h, window_w, shift_h, shift_w, scale2, items, per_split,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -439,11 +438,12 @@ def _backward_bias(
         keys = _load(k + b * k_b, ky, kx, k_y, k_x, other >= 0, D, BLOCK_D)
         values = _load(v + b * v_b, ky, kx, v_y, v_x, other >= 0, DV, BLOCK_DV)
         at = (b * heads + head) * H * W + window * n + query_slot
-        row_lse = tl.load(lse + at, mask=group >= 0, other=0.0)
+        top, inverse = load_stats(stats, at, group >= 0)
         delta = tl.load(deltas + at, mask=group >= 0, other=0.0)
         same = _pairs(group, other)
         logits = _logits(queries, keys, scale2, bias, same, query[:, None], key[None, :], n, BIASED)
-        result += tl.exp2(logits - row_lse[:, None]) * (dot(grads, tl.trans(values)) - delta[:, None])
+        attn = tl.exp2(logits - top[:, None]) * inverse[:, None]
+        result += attn * (dot(grads, tl.trans(values)) - delta[:, None])
     sums += (split.to(tl.int64) * heads + head) * n * n
     inside = (query_slot < n)[:, None] & (key_slot < n)[None, :]
     tl.store(sums + query_slot[:, None] * n + key_slot[None, :], result, mask=inside)

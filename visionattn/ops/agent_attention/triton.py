@@ -69,9 +69,9 @@ def _forward(
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, agents: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, h, a, _ = agents.shape
-    shapes = ((B, h, a, v.shape[3]), (B, h, a), q.shape[:3])
-    held, agents_lse, lse = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)
-    return heads_last(v, v.shape), held, agents_lse, lse
+    shapes = ((B, h, a, v.shape[3]), (B, h, a, 2), (*q.shape[:3], 2))
+    held, agents_stats, stats = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    return heads_last(v, v.shape), held, agents_stats, stats
 
 
 def _backward(
@@ -92,8 +92,8 @@ def _backward(
     width: int,
     scale: float,
     held: Tensor,
-    agents_lse: Tensor,
-    lse: Tensor,
+    agents_stats: Tensor,
+    stats: Tensor,
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 ]:  # of q, k, v and agents, then of the tables
@@ -102,7 +102,7 @@ def _backward(
     key_bias = _tables((key_grid, key_rows, key_columns, key_prefix))
     query_bias = _tables((query_grid, query_rows, query_columns, query_prefix))
     *tokens, dkey_bias, dquery_bias = kernels.backward(
-        dout, q, k, v, agents, key_bias, query_bias, (height, width), scale, held, agents_lse, lse
+        dout, q, k, v, agents, key_bias, query_bias, (height, width), scale, held, agents_stats, stats
     )
     tables = (*(dkey_bias or (None,) * 4), *(dquery_bias or (None,) * 4))
     grads: Any = (*tokens, *(dout.new_empty(0) if x is None else x for x in tables))

@@ -81,11 +81,11 @@ def _backward(
     bias_local: Tensor,
     bias_pool: Tensor,
     extra: Tensor | None,
-    lse: Tensor,
+    tops: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from visionattn.kernels import aggregated_attention as kernels
 
-    return kernels.backward(dout, q, k, v, k_pool, v_pool, bias_local, bias_pool, extra, lse)
+    return kernels.backward(dout, q, k, v, k_pool, v_pool, bias_local, bias_pool, extra, tops)
 
 
 def _fake_backward(
@@ -98,7 +98,7 @@ def _fake_backward(
     bias_local: Tensor,
     bias_pool: Tensor,
     extra: Tensor | None,
-    lse: Tensor,
+    tops: Tensor,
 ) -> tuple[Tensor, ...]:
     return (
         *(heads_last(x, x.shape) for x in (q, k, v)),

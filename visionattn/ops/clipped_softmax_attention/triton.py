@@ -24,19 +24,19 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, gamma: float, zeta: float, scale: 
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, gamma: float, zeta: float, scale: float) -> tuple[Tensor, Tensor]:
-    return heads_last(v, (*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return heads_last(v, (*q.shape[:3], v.shape[3])), q.new_empty(*q.shape[:3], 2, dtype=torch.float32)
 
 
 def _backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, gamma: float, zeta: float, scale: float, lse: Tensor
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, gamma: float, zeta: float, scale: float, stats: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     from visionattn.kernels import clipped_softmax_attention as kernels
 
-    return kernels.backward(dout, q, k, v, gamma, zeta, scale, lse)
+    return kernels.backward(dout, q, k, v, gamma, zeta, scale, stats)
 
 
 def _fake_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, gamma: float, zeta: float, scale: float, lse: Tensor
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, gamma: float, zeta: float, scale: float, stats: Tensor
 ) -> tuple[Tensor, ...]:
     return tuple(heads_last(x, x.shape) for x in (q, k, v))
 

@@ -33,8 +33,8 @@ def _fake(
     q: Tensor, k: Tensor, v: Tensor, position: Tensor, gate: Tensor, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, h, H, W, _ = v.shape
-    lse = v.new_empty(B, h, H * W, dtype=torch.float32)
-    return heads_last(v, v.shape), heads_last(v, v.shape), lse, v.new_empty(3, h, W + H, dtype=torch.float32)
+    stats = v.new_empty(B, h, H * W, 2, dtype=torch.float32)
+    return heads_last(v, v.shape), heads_last(v, v.shape), stats, v.new_empty(4, h, W + H, dtype=torch.float32)
 
 
 def _backward(
@@ -47,12 +47,12 @@ def _backward(
     bias: Tensor | None,
     scale: float,
     content: Tensor,
-    lse: Tensor,
+    stats: Tensor,
     axes: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from visionattn.kernels import gated_positional_attention as kernels
 
-    grads = kernels.backward(dout, q, k, v, position, gate, scale, content, lse, axes)
+    grads = kernels.backward(dout, q, k, v, position, gate, scale, content, stats, axes)
     return *grads, dout.new_empty(0) if bias is None else bias.new_zeros(bias.shape)
 
 
@@ -66,7 +66,7 @@ def _fake_backward(
     bias: Tensor | None,
     scale: float,
     content: Tensor,
-    lse: Tensor,
+    stats: Tensor,
     axes: Tensor,
 ) -> tuple[Tensor, ...]:
     maps = (heads_last(x, x.shape) for x in (q, k, v))

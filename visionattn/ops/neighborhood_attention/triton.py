@@ -34,7 +34,7 @@ def _forward(
 def _fake(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, kernel_size: list[int], dilation: list[int], scale: float
 ) -> tuple[Tensor, Tensor]:
-    return _map_like(v), q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3], dtype=torch.float32)
+    return _map_like(v), q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3], 2, dtype=torch.float32)
 
 
 def _backward(
@@ -47,11 +47,11 @@ def _backward(
     dilation: list[int],
     scale: float,
     out: Tensor,
-    lse: Tensor,
+    stats: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from visionattn.kernels import neighborhood_attention as kernels
 
-    return kernels.backward(dout, q, k, v, bias, _pair(kernel_size), _pair(dilation), scale, out, lse)
+    return kernels.backward(dout, q, k, v, bias, _pair(kernel_size), _pair(dilation), scale, out, stats)
 
 
 def _fake_backward(
@@ -64,7 +64,7 @@ def _fake_backward(
     dilation: list[int],
     scale: float,
     out: Tensor,
-    lse: Tensor,
+    stats: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dbias = q.new_empty(0) if bias is None else bias.new_empty(bias.shape)
     return _map_like(q), _map_like(k), _map_like(v), dbias

@@ -30,8 +30,8 @@ def _fake(
 ) -> tuple[Tensor, Tensor]:
     B, h, H, W, _ = q.shape
     P = grid_h * grid_w
-    lse = q.new_empty(B, h, P, (H // grid_h) * (W // grid_w), dtype=torch.float32)
-    return heads_last(v, v.shape), lse
+    stats = q.new_empty(B, h, P, (H // grid_h) * (W // grid_w), 2, dtype=torch.float32)
+    return heads_last(v, v.shape), stats
 
 
 def _backward(
@@ -44,11 +44,11 @@ def _backward(
     grid_w: int,
     scale: float,
     out: Tensor,
-    lse: Tensor,
+    stats: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from visionattn.kernels import routed_attention as kernels
 
-    grads = kernels.backward(dout, q, k, v, index, (grid_h, grid_w), scale, out, lse)
+    grads = kernels.backward(dout, q, k, v, index, (grid_h, grid_w), scale, out, stats)
     return *grads, index.new_empty(0)
 
 
@@ -62,7 +62,7 @@ def _fake_backward(
     grid_w: int,
     scale: float,
     out: Tensor,
-    lse: Tensor,
+    stats: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv = (heads_last(x, x.shape) for x in (q, k, v))
     return dq, dk, dv, index.new_empty(0)

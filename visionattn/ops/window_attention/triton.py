@@ -37,7 +37,7 @@ def _fake(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, window: list[int], shift: list[int], grid: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     B, h, H, W, _ = q.shape
-    return heads_last(v, (B, h, H, W, v.shape[4])), q.new_empty(B, h, H * W, dtype=torch.float32)
+    return heads_last(v, (B, h, H, W, v.shape[4])), q.new_empty(B, h, H * W, 2, dtype=torch.float32)
 
 
 def _backward(
@@ -51,11 +51,11 @@ def _backward(
     grid: bool,
     scale: float,
     out: Tensor,
-    lse: Tensor,
+    stats: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from visionattn.kernels import window_attention as kernels
 
-    return kernels.backward(dout, q, k, v, bias, window, shift, grid, scale, out, lse)
+    return kernels.backward(dout, q, k, v, bias, window, shift, grid, scale, out, stats)
 
 
 def _fake_backward(
@@ -69,7 +69,7 @@ def _fake_backward(
     grid: bool,
     scale: float,
     out: Tensor,
-    lse: Tensor,
+    stats: Tensor,
 ) -> tuple[Tensor, ...]:
     dbias = q.new_empty(0) if bias is None else bias.new_empty(bias.shape)
     return (*(heads_last(x, x.shape) for x in (q, k, v)), dbias)
