@@ -46,7 +46,7 @@ def test_any_shape(form: str, N: int, S: int, heads: int, d: int, dv: int) -> No
     def run(impl: str):
         return lambda *x: infinite_attention(*x, RHO.to(x[0]), form=form, eps=eps, impl=impl)
 
-    heads = max(heads, copies(2 * min(N, S)))
+    heads = max(heads, copies(2 * min(N, S, dv)))
     check_budget(run("triton"), run("reference"), data(heads, N, S, d, dv)[:3])
 
 
