@@ -14,6 +14,7 @@ from PIL import Image
 from tests.analysis.test_page import picture
 from tests.models.variants import TINY
 from visionattn.analysis import image_sources
+from visionattn.train.checkpoint import WeightsInfo, save_weights
 
 ROOT = Path(__file__).parents[2]
 CONFIG = {
@@ -131,6 +132,28 @@ def test_errors_are_one_clear_line(argv, message, tmp_path, monkeypatch, capsys)
     assert len(lines) == 1
     assert message in lines[0]
     assert not list(tmp_path.rglob("*.html"))
+
+
+def test_a_checkpoint_of_training_brings_images_of_its_own(tmp_path, monkeypatch, capsys) -> None:
+    name, kwargs = TINY["gated_vit"]
+    info = WeightsInfo(
+        model=name, model_kwargs=kwargs, num_classes=10, in_chans=3, class_names=[f"digit{i}" for i in range(10)],
+        input_size=[3, 64, 64], interpolation="bilinear", mean=[0.5] * 3, std=[0.25] * 3,
+        crop_pct=1.0, crop_mode="center", dataset="digits", val_split="validation", weights="raw", epoch=0, metrics={},
+        version="0",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10, **kwargs)
+    save_weights(tmp_path / "model_best.safetensors", model.state_dict(), info)
+    argv = ["--checkpoint", tmp_path / "model_best.safetensors", "--out", tmp_path / "out", "--samples", 2]
+    assert run(monkeypatch, *argv, "--methods", "attention", "rollout") == 0
+    pages = sorted((tmp_path / "out").glob("*.html"))
+    assert [re.sub(r"\d$", "", p.stem) for p in pages] == ["00-digit", "01-digit"]
+    text = pages[0].read_text()
+    assert '["digit' in text
+    assert "weights: model_best.safetensors" in text
+    assert run(monkeypatch, "vit_tiny_patch16_224", *argv) == 1
+    assert "is of gated_vit_s16, not of vit_tiny_patch16_224: leave the model out" in capsys.readouterr().err
 
 
 def test_no_readable_image_is_a_failure(tmp_path, monkeypatch, capsys) -> None:

@@ -59,7 +59,7 @@
   const reasonOf = (tab) => tabs.find((t) => t[0] === tab)[2] || "";
   const interactive = () => (state.tab === "attention" || state.tab === "rollout") && !reasonOf(state.tab);
   const items = () => ({ attention: data.layers, rollout: data.rollout.layer ? [data.rollout.layer] : [], gradcam: data.gradcam.maps, field: data.field.maps, features: data.features.maps })[state.tab];
-  const chosen = () => Math.min(state.choice[state.tab] ?? (state.tab === "attention" ? data.start : items().length - 1), items().length - 1);
+  const chosen = () => Math.min(state.choice[state.tab] ?? ({ attention: data.start, gradcam: 0 }[state.tab] ?? items().length - 1), items().length - 1);
   const current = () => items()[chosen()];
 
   // Weights
@@ -219,7 +219,7 @@
     const reason = reasonOf(state.tab);
     $("reason").hidden = !reason;
     $("reason").textContent = reason;
-    view.hidden = !!reason;
+    view.hidden = $("tools").hidden = !!reason;
     if (reason) {
       sentence([]);
       scaleBar("", "", "");

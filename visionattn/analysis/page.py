@@ -29,6 +29,7 @@ from visionattn.analysis.rollouts import Rollout
 BUDGET = 12 * 2**20  # bytes of attention in a page before they are deflated
 ASKED = 14  # patches asked along each side at first; the budget may call for fewer
 LEAST = 7  # rows and columns of patches, and of keys, that the budget leaves in any case
+PLACES = (14, 14)  # parts of an image, of which the liveliest is asked first
 CHANNELS = 24  # of a feature map that are shown
 DECADES = 4  # of a receptive field's logarithmic scale
 
@@ -64,7 +65,7 @@ def render_page(
     grids = [entry["size"] for entry in (*layers, *([rolled] if rolled else []))] or [[14, 14]]
     grid = [max(side) for side in zip(*grids, strict=True)]
     large = [i for i, entry in enumerate(layers) if math.prod(entry["size"]) >= 100 and not entry.get("amongChannels")]
-    row, column = busiest(image, (14, 14))
+    row, column = busiest(image, PLACES)
     data = {
         "title": title,
         "model": model,
@@ -72,7 +73,7 @@ def render_page(
         "image": {"source": _picture(image), "size": [image.height, image.width]},
         "prediction": [[class_name(c, class_names), round(p, 5)] for c, p in likeliest(findings.logits)],
         "grid": grid,
-        "query": [int((row + 0.5) * grid[0] / 14), int((column + 0.5) * grid[1] / 14)],
+        "query": [int((row + 0.5) * grid[0] / PLACES[0]), int((column + 0.5) * grid[1] / PLACES[1])],
         "start": large[-1] if large else max(0, len(layers) - 1),
         "layers": layers,
         "reason": findings.reasons.get("attention", ""),

@@ -9,7 +9,7 @@ from visionattn.analysis.attention import AttentionLayer
 from visionattn.analysis.features import lively_channels, principal_colours
 from visionattn.analysis.findings import Findings
 from visionattn.analysis.gradients import ReceptiveField
-from visionattn.analysis.page import busiest, class_name, likeliest, logarithmic, percent
+from visionattn.analysis.page import PLACES, busiest, class_name, likeliest, logarithmic, percent
 from visionattn.extras import require
 
 ROWS = 4  # layers in a picture
@@ -142,7 +142,8 @@ def _maps(layer: AttentionLayer, image: Any) -> tuple[Tensor, tuple[int, int] | 
     if layer.operator == "channel_attention":
         return layer.channel_map().float().cpu(), None
     assert layer.grid is not None
-    query = busiest(image, layer.map_size)
+    (row, column), (H, W) = busiest(image, PLACES), layer.map_size  # the same place in every layer
+    query = (int((row + 0.5) / PLACES[0] * H), int((column + 0.5) / PLACES[1] * W))
     return layer.maps([layer.grid.token(*query)]).weights[:, 0].float().cpu(), None if layer.same_for_all else query
 
 
