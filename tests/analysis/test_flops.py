@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from visionattn import ops, use_impl
+from visionattn import macs, ops, use_impl
 from visionattn.analysis import cards, flops
 from visionattn.ops import OPERATORS
 
@@ -88,13 +88,13 @@ BY_PRODUCTS = sorted(
 
 
 def test_every_operator_has_a_formula() -> None:
-    assert set(flops.MACS) == set(OPERATORS) == set(CALLS)
+    assert set(macs.MACS) == set(OPERATORS) == set(CALLS)
 
 
 @pytest.mark.parametrize("op", CALLS)
 def test_formula_is_the_count_by_hand(op: str) -> None:
     call, expected = CALLS[op]
-    counted = flops.cost(nn.Identity(), call)
+    counted = macs.cost(nn.Identity(), call)
     assert counted.by_kind == ({op: expected} if expected else {})
     assert counted.macs == expected
 
@@ -112,9 +112,9 @@ def test_linear_form_pools_once() -> None:
         rho = torch.empty((), device="meta")
         return ops.infinite_attention(tokens(12), tokens(9), tokens(9, 5), rho, form="linear")
 
-    assert flops.cost(nn.Identity(), run).macs == 6 * (12 * 8 + 9 * 8 + 9 * 5)
+    assert macs.cost(nn.Identity(), run).macs == 6 * (12 * 8 + 9 * 8 + 9 * 5)
     shapes = []
-    flops.cost(nn.Identity(), lambda: shapes.append(run().shape))
+    macs.cost(nn.Identity(), lambda: shapes.append(run().shape))
     assert shapes == [run().shape]
 
 
@@ -135,7 +135,7 @@ def test_operators_compute_again_after_a_count_that_failed() -> None:
         raise RuntimeError("no such size")
 
     with pytest.raises(RuntimeError, match="no such size"):
-        flops.cost(nn.Identity(), fail)
+        macs.cost(nn.Identity(), fail)
     assert known == before
 
 
@@ -148,7 +148,7 @@ def test_counts_scale_with_the_image() -> None:
 def test_convolutions_and_linear_layers_by_hand() -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1, groups=2), nn.Flatten(2), nn.Linear(20, 7))
-    counted = flops.cost(model, lambda: model(empty(1, 4, 4, 5)))
+    counted = macs.cost(model, lambda: model(empty(1, 4, 4, 5)))
     assert counted.by_kind == {"convolution": 20 * 6 * 2 * 9, "matrix product": 6 * 20 * 7}
     assert counted.params == 6 * 2 * 9 + 6 + 20 * 7 + 7
 
@@ -157,7 +157,7 @@ def test_bad_input_is_one_clear_error() -> None:
     with pytest.raises(ValueError, match="no model is named 'biformer_x'"):
         flops.count("biformer_x")
     with pytest.raises(ValueError, match="counted on the meta device: weight is elsewhere"):
-        flops.cost(nn.Linear(2, 2), lambda: None)
+        macs.cost(nn.Linear(2, 2), lambda: None)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

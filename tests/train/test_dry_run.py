@@ -12,6 +12,8 @@ import torch
 import yaml
 
 import visionattn
+from tests.models.variants import TINY
+from visionattn.analysis import flops
 from visionattn.train import ConfigError, DataError, TrainConfig, build_config, dry_run
 from visionattn.train.build import build_model, build_optimizer, build_scheduler, learning_rate
 from visionattn.train.cli import read_yaml
@@ -106,6 +108,15 @@ def test_multiply_adds_are_counted_by_hand() -> None:
     tokens, dim = 5, 192
     wanted = 4 * dim * 3 * 256 + tokens * dim * (3 * dim + dim + 8 * dim) + 2 * tokens * tokens * dim + dim * 10
     assert count_macs(model, (3, 32, 32)) == wanted
+
+
+def test_operations_are_those_of_the_model_cards() -> None:
+    """Also where the reference implementation of an operator multiplies without a matrix product."""
+    name, arch = TINY["transnext"]
+    model = timm.create_model(name, **arch).train()
+    assert count_macs(model, (3, 64, 96)) == flops.count(name, (64, 96), **arch).macs
+    assert model.training
+    assert not next(model.parameters()).is_meta
 
 
 def test_memory_is_what_tensors_hold() -> None:

@@ -20,10 +20,10 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from visionattn.analysis._geometry import Grid, Seen, Size, map_grid, pooled_bins, shrunk, token_grid
-from visionattn.analysis._intercept import intercepted
 from visionattn.fuse import FUSED
 from visionattn.layers.attention.window import StripeAttention
 from visionattn.ops._dispatch import choose
+from visionattn.ops._intercept import intercepted
 
 SOFTMAX = "scaled_dot_product_attention"
 CHUNK = 32  # queries whose weights are derived at once

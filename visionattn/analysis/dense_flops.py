@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visionattn.analysis.flops import DENSE_SIZES, Cost, Row, Size, cost
+from visionattn.analysis.flops import DENSE_SIZES, Row
 from visionattn.extras import require
+from visionattn.macs import Cost, Size, cost
 
 SIZES = {"mmdet": DENSE_SIZES["coco"], "mmseg": DENSE_SIZES["ade20k"]}
 BOXES, MASKS = 1000, 100

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from visionattn.ops._autocast import autocast_dtype
+
 Size = tuple[int, int]
 
 CACHE_BYTES = 8 * 2**20  # a larger result is computed again
@@ -95,9 +97,12 @@ class LogPositionBias(nn.Module):
             or any(type(p) is not nn.Parameter or p.is_meta or p.is_inference() for p in parameters)
         ):
             return compute()
-        kind = parameters[0].device.type
-        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        key = (what, self.bias_size, autocast, [(p.data_ptr(), p._version, p.dtype) for p in parameters])
+        key = (
+            what,
+            self.bias_size,
+            autocast_dtype(parameters[0]),
+            [(p.data_ptr(), p._version, p.dtype) for p in parameters],
+        )
         if name in self._kept and self._kept[name][0] == key:
             return self._kept[name][1]
         value = compute()

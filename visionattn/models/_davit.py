@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from visionattn.layers.inference import add_in_place, overwritable
 from visionattn.layers.windows import by_windows
 from visionattn.ops import channel_attention, window_attention
+from visionattn.ops._autocast import autocast_dtype
 
 
 class FusedConvPosEnc(ConvPosEnc):
@@ -19,7 +20,7 @@ class FusedConvPosEnc(ConvPosEnc):
         conv = self.proj
         plain = type(conv) is nn.Conv2d and not (conv._forward_hooks or conv._forward_pre_hooks)
         # In half precision a small weight would drown in the one.
-        exact = x.element_size() >= 4 and not torch.is_autocast_enabled(x.device.type)
+        exact = x.element_size() >= 4 and autocast_dtype(x) is None
         if not (plain and exact and isinstance(self.act, nn.Identity)):
             return super().forward(x)
         centre = [side // 2 for side in conv.kernel_size for _ in range(2)]

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from visionattn.ops._autocast import autocast_dtype
 from visionattn.ops._ranks import RANKS
 
 
@@ -71,10 +72,7 @@ def ranked(op: str, known: Iterable[str], q: Tensor) -> list[str]:
 
 def _dtype(x: Tensor) -> str | None:
     """The dtype that is computed in."""
-    device = x.device.type
-    if device != "meta" and x.dtype == torch.float32 and torch.is_autocast_enabled(device):
-        return _NAMES.get(torch.get_autocast_dtype(device))
-    return _NAMES.get(x.dtype)
+    return _NAMES.get((autocast_dtype(x) if x.dtype == torch.float32 else None) or x.dtype)
 
 
 @torch.compiler.assume_constant_result  # compilers need not look into it

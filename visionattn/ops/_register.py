@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from visionattn.ops import _dispatch
+from visionattn.ops._autocast import autocast_dtype
 
 
 def differentiable(
@@ -129,8 +130,5 @@ def why_not_triton(*tensors: Tensor | None, widest: int = 256) -> str | None:
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast as autocast casts the operands of PyTorch's fused attention, where it is on."""
-    device = tensors[0].device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x.to(dtype) if x.dtype == torch.float32 else x for x in tensors)
+    dtype = autocast_dtype(tensors[0])
+    return tensors if dtype is None else tuple(x.to(dtype) if x.dtype == torch.float32 else x for x in tensors)

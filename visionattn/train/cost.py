@@ -2,37 +2,26 @@
 
 from __future__ import annotations
 
-import math
+import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
-from torch.utils.flop_counter import FlopCounterMode
 
-import visionattn
+from visionattn.macs import cost
 
 
 def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
     """Multiply-adds of a forward pass on one image: what papers call FLOPs.
 
-    Operators are counted on their reference implementations, whose matrix products and convolutions are visible.
-    Element-wise operations do not count.
-
     Args:
         model: on any device, in any mode, which it keeps.
         input_size: channels, height, width.
     """
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    counter = FlopCounterMode(display=False, custom_mapping=_further_operators())
-    with torch.no_grad(), visionattn.use_impl("reference"), sdpa_kernel(SDPBackend.MATH), counter:
-        model(torch.zeros(1, *input_size, device=device))
-    model.train(training)
-    return counter.get_total_flops() // 2
+    twin = copy.deepcopy(model).to("meta").eval()
+    return cost(twin, lambda: twin(torch.empty(1, *input_size, device="meta"))).macs
 
 
 @dataclass(frozen=True)
@@ -98,17 +87,6 @@ def measure_memory(
         weights=weights, gradients=gradients, optimizer=state, average=weights if average else 0,
         activations=sum(saved.values()) // 2, batch=batch,
     )  # fmt: skip
-
-
-def _further_operators() -> dict[Any, Any]:
-    """Operators that torch's counter does not know, where they are installed."""
-    if not hasattr(torch.ops.torchvision, "deform_conv2d"):
-        return {}
-
-    def deformable(_x: Any, weight: torch.Size, *_: Any, out_shape: torch.Size, **__: Any) -> int:
-        return 2 * math.prod(out_shape) * math.prod(weight[1:])
-
-    return {torch.ops.torchvision.deform_conv2d: deformable}
 
 
 def _bytes(tensors: Any) -> int:

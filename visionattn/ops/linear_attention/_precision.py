@@ -5,6 +5,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from visionattn.ops._autocast import autocast_dtype
+
 
 def exact(x: Tensor) -> Tensor:
     """Return ``x`` in fp32, or fp64 if it is that."""
@@ -13,7 +15,4 @@ def exact(x: Tensor) -> Tensor:
 
 def no_autocast(x: Tensor) -> AbstractContextManager:
     """Switch autocast off where it is on, so that products of fp32 tensors stay fp32."""
-    device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
+    return nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)
