@@ -16,7 +16,11 @@ from visionattn.train.streams import Sample
 
 
 class Table(ReaderHfids):
-    """timm's reader, decoding on demand."""
+    """timm's reader, decoding on demand.
+
+    Where several shards are shuffled into each other, `datasets` lets five seconds pass at the end of every pass over
+    them, for Arrow's threads to end.
+    """
 
     problems: list[str]  # the same as of shards; here every problem is a sample's
 
