@@ -1,19 +1,29 @@
-"""Measure side by side: `python tools/benchmark.py ops [operator ...]`, `... models name ...`, `... compare what`.
+"""Measure operators, models, resolutions and training steps: time, its spread and peak memory, as rows of JSON.
 
-`... ranks benchmarks/h100.json` makes `auto` follow what was measured."""
+The files in benchmarks/ come from these commands, on an idle machine, each with `--append --out FILE`:
+
+  models convit_tiny davit_tiny maxvit_tiny_tf_224 shvit_s1 --size 224 320 --batch 1 8 --compile   models_cpu.json
+  resolution, resolution --cards      resolution_cpu.json
+  train                               train_cpu.json
+
+`ranks benchmarks/h100.json` makes `auto` follow what was measured.
+"""
 
 import argparse
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from visionattn.analysis import bench, compare, kernels, ranks
+from visionattn.analysis import bench, compare, kernels, ranks, scaling
 
+ROOT = Path(__file__).parents[1]
 LINE = "{:62} {:30} {:17} {:>10} {:>22} {:>9}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -38,6 +48,21 @@ def main() -> None:
     compared = commands.add_parser("compare", help=text, parents=[shared])
     compared.add_argument("what", choices=list(compare.COMPARISONS))
     compared.add_argument("--size", type=int, nargs="+", help="sides of the maps; for shvit and infvit, of the images")
+    text = "speed and peak memory of one image at growing size; rows that the file holds are not measured again"
+    growing = commands.add_parser("resolution", help=text, parents=[shared])
+    growing.add_argument("names", nargs="*", help="registered names; a small model of every family if none")
+    growing.add_argument("--size", type=int, nargs="+", default=list(scaling.SIZES), help="sides of the images")
+    growing.add_argument("--budget", type=float, default=60, help="seconds for a model, after which it is stopped")
+    growing.add_argument("--memory", type=float, default=8, help="GB that a call may hold")
+    growing.add_argument(
+        "--cards", action="store_true", help="instead, every model whose accuracy a card reports, at its own size"
+    )
+    growing.add_argument("--gmacs", type=float, default=9, help="with --cards: leave out what costs more, in 10^9")
+    text = "a training step (AdamW): speed and peak memory; rows that the file holds are not measured again"
+    trained = commands.add_parser("train", help=text, parents=[shared])
+    trained.add_argument("names", nargs="*", help="registered names; a small model of every family if none")
+    trained.add_argument("--size", type=int, default=224, help="side of the images")
+    trained.add_argument("--batch", type=int, default=8, help="images a step")
     text = "let auto follow measurements: write visionattn/ops/_ranks.py out of what `ops --device cuda` wrote"
     ranked = commands.add_parser("ranks", help=text)
     ranked.add_argument("files", type=Path, nargs="+", help="JSON of every GPU whose measurements count")
@@ -52,6 +77,12 @@ def main() -> None:
     if args.device == "cuda":
         where |= kernels.ceilings(args.device)
     print(", ".join(f"{k} {v}" for k, v in where.items()))
+    if args.command in ("resolution", "train"):
+        try:
+            _scaling(args, where)
+        except ValueError as e:
+            parser.error(str(e))
+        return
     print(LINE.format("subject, shape", "contestant", "direction", "ms", "speed-up (quartiles)", "peak MB"))
     rows = []
     try:
@@ -86,6 +117,32 @@ def _operators(args: argparse.Namespace) -> Iterator[bench.Row]:
         for dtype in ("bf16", "fp32"):
             yield from kernels.race(busy, device=args.device, dtype=dtype, rounds=args.rounds)
             yield from kernels.race(case, device=args.device, dtype=dtype, rounds=args.rounds, rivals=False)
+
+
+def _scaling(args: argparse.Namespace, where: dict[str, Any]) -> None:
+    known = bench.read(args.out, where)["rows"] if args.out and args.append else []
+    begun, rows = time.perf_counter(), []
+
+    def log(text: str) -> None:
+        print(f"[{time.perf_counter() - begun:4.0f} s] {text}", flush=True)
+
+    chosen = {name: name for name in args.names} or scaling.FAMILIES
+    chosen = {family: name for family, name in scaling.FAMILIES.items() if name in chosen.values()} | {
+        name: name for name in args.names if name not in scaling.FAMILIES.values()
+    }
+    shared: dict[str, Any] = {"known": known, "device": args.device, "dtype": args.dtype, "log": log}
+    if args.command == "train":
+        points = scaling.train(chosen, size=args.size, batch=args.batch, **shared)
+    elif args.cards:
+        points = scaling.accurate(ROOT, args.gmacs, **shared)
+    else:
+        points = scaling.resolution(chosen, args.size, budget_s=args.budget, memory_gb=args.memory, **shared)
+    for point in points:
+        rows.append(point)
+        spread = f"{point.ms:.1f} ms ({point.ms_low:.1f} to {point.ms_high:.1f})" if point.ms else point.stopped
+        log(f"  {point.model} at {point.size}: {spread}, {point.images_per_s} images/s, {point.peak_mb} MB")
+        if args.out:  # after every row: a run that is stopped keeps what it measured
+            bench.write(args.out, where, rows, append=args.append, keys=scaling.KEYS)
 
 
 def _ranks(files: list[Path]) -> None:

@@ -26,6 +26,7 @@ from visionattn.testing import randn
 
 Run = Callable[..., Tensor]
 DIRECTIONS = ("forward", "forward+backward")
+KEYS = ("subject", "shape", "contestant", "direction", "dtype")
 
 
 @dataclass(frozen=True)
@@ -308,9 +309,16 @@ def seconds(call: Callable[[], object], device: str, at_least: float = 0.02) -> 
             return took / count
 
 
-def peak_bytes(call: Callable[[], object], device: str) -> int:
-    """Return the most bytes of tensors held at once during one call, beyond those held before it."""
-    call()
+def peak_bytes(call: Callable[[], object], device: str, *, warm_up: bool = True) -> int:
+    """Return the most bytes of tensors held at once during one call, beyond those held before it.
+
+    Args:
+        call: What to run.
+        device: ``"cpu"`` or ``"cuda"``.
+        warm_up: Run it once before.
+    """
+    if warm_up:
+        call()
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -329,29 +337,49 @@ def peak_bytes(call: Callable[[], object], device: str) -> int:
     return peak
 
 
-def as_dicts(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def read(path: Path, where: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `write` wrote, or a file without rows if there is none.
+
+    Raises:
+        ValueError: the rows in the file were measured on another machine, by other versions or on another day.
+    """
+    if not path.exists():
+        return {"machine": where, "rows": []}
+    old: dict[str, Any] = json.loads(path.read_text())
+    if old["machine"] != dict(where):
+        raise ValueError(f"{path} is from another machine, versions or day: {old['machine']}; this is {dict(where)}")
+    return old
+
+
+def as_dicts(rows: Sequence[Any]) -> list[dict[str, Any]]:
     """Return rows as plain dictionaries, for JSON."""
     return [asdict(row) for row in rows]
 
 
-def write(path: Path, where: Mapping[str, Any], rows: Sequence[Row], *, append: bool = False, **more: Any) -> None:
+def write(
+    path: Path,
+    where: Mapping[str, Any],
+    rows: Sequence[Any],
+    *,
+    append: bool = False,
+    keys: Sequence[str] = KEYS,
+    **more: Any,
+) -> None:
     """Write rows and the machine as JSON.
 
     Args:
         path: The file; its folder is made if need be.
         where: What `machine` said.
-        rows: What was measured.
+        rows: What was measured: dataclasses of one kind, such as `Row`.
         append: Keep the rows that are in the file already, but for those measured again.
+        keys: Fields that tell rows apart.
         **more: Further entries of the file.
 
     Raises:
         ValueError: the rows in the file were measured on another machine, by other versions or on another day.
     """
     new = as_dicts(rows)
-    old: dict[str, Any] = json.loads(path.read_text()) if append and path.exists() else {"machine": where, "rows": []}
-    if old["machine"] != dict(where):
-        raise ValueError(f"{path} is from another machine, versions or day: {old['machine']}; this is {dict(where)}")
-    keys = ("subject", "shape", "contestant", "direction", "dtype")
+    old: dict[str, Any] = read(path, where) if append else {"machine": where, "rows": []}
     again = {tuple(row[k] for k in keys) for row in new}
     kept = [row for row in old["rows"] if tuple(row[k] for k in keys) not in again]
     path.parent.mkdir(parents=True, exist_ok=True)

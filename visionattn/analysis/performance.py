@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from visionattn.analysis import plots, scaling
 from visionattn.analysis.cards import TABLE
 
 OPERATORS = "benchmarks/ops_cpu.json"
@@ -17,7 +18,7 @@ Row = dict[str, Any]
 
 def render(root: Path, text: str) -> str:
     """Return a text with the tables between its ``<!-- table: name -->`` and ``<!-- end -->`` made anew."""
-    tables = {"operators": operators, "models": models}
+    tables = {"operators": operators, "models": models, "resolution": resolution, "train": train}
 
     def table(match: re.Match[str]) -> str:
         return match[1] + "\n".join(tables[match[2]](root)) + "\n" + match[3]
@@ -66,6 +67,63 @@ def models(root: Path) -> Iterator[str]:
             yield f"| `{row['subject']}` | {row['shape']}, {row['direction']} | {rivals[_race(row)]} | {spread} |"
     yield ""
     yield f"{_where(data)}. Rows: `{MODELS}`, by `python tools/benchmark.py models`."
+
+
+def resolution(root: Path) -> Iterator[str]:
+    """A small model of every family at growing size: images a second and peak memory, and the plots."""
+    path = root / plots.RESOLUTION
+    if not path.exists():
+        yield f"Not measured yet: `python tools/benchmark.py resolution --append --out {plots.RESOLUTION}`."
+        return
+    data = json.loads(path.read_text())
+    rows = {(row["model"], row["size"]): row for row in data["rows"] if row["direction"] == "forward"}
+    names = [name for name in scaling.FAMILIES.values() if any(model == name for model, _ in rows)]
+    sizes = sorted({size for model, size in rows if model in names})
+    yield f"| model | {' | '.join(f'{size}' for size in sizes)} |"
+    yield "|---" * (len(sizes) + 1) + "|"
+    for name in names:
+        yield f"| `{name}` | {' | '.join(_growth(rows.get((name, size))) for size in sizes)} |"
+    yield ""
+    yield "Images a second, and the most memory held beyond the weights, for one square image of that side in fp32."
+    yield f"{_where(data)}. Rows: `{plots.RESOLUTION}`, by"
+    yield "`python tools/benchmark.py resolution`, which stops a model at a budget of time and memory."
+    yield ""
+    for file, plot in plots.plots(root).items():
+        yield f"![{plot.y} over {plot.x}, a panel a family]({file.relative_to(root)})"
+
+
+def train(root: Path) -> Iterator[str]:
+    """A training step of a small model of every family."""
+    path = root / plots.TRAINING
+    if not path.exists():
+        yield f"Not measured yet: `python tools/benchmark.py train --append --out {plots.TRAINING}`."
+        return
+    data = json.loads(path.read_text())
+    yield "| model | input | images a second | s a step (quartiles) | peak memory, MB |"
+    yield "|---|---|---|---|---|"
+    for row in data["rows"]:
+        spread = " to ".join(f"{row[k] / 1e3:.2f}" for k in ("ms_low", "ms_high"))
+        cells = [
+            f"`{row['model']}`",
+            f"{row['size']}x{row['size']}, batch {row['batch']}",
+            f"{row['images_per_s']:.2f}",
+        ]
+        yield f"| {' | '.join(cells)} | {row['ms'] / 1e3:.2f} ({spread}) | {row['peak_mb']:.0f} |"
+    yield ""
+    yield "Forward pass, backward pass and AdamW in fp32; memory beyond the weights, when AdamW makes its state."
+    yield f"{_where(data)}. Rows: `{plots.TRAINING}`, by `python tools/benchmark.py train`."
+
+
+def _growth(row: Row | None) -> str:
+    if row is None:
+        return ""
+    if row["stopped"]:
+        return f"out of {row['stopped'].partition(':')[0]}"
+    speed = row["images_per_s"]
+    memory = row["peak_mb"]
+    return f"{speed:.{0 if speed >= 10 else 2}f}/s, " + (
+        f"{memory / 1024:.1f} GB" if memory >= 1024 else f"{memory:.0f} MB"
+    )
 
 
 def _race(row: Row) -> tuple[str, ...]:
