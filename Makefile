@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-EXTRAS := train,data,dense,export,dev
+EXTRAS := train,data,dense,export,docs,dev
 
-.PHONY: help setup demo browser test quick check tables format clean
+.PHONY: help setup demo browser test quick check docs tables format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -28,7 +28,7 @@ demo: setup  ## train BiFormer on scikit-learn's digits, validate it, show what 
 	$(BIN)/python tools/validate.py --checkpoint output/demo/model_best.safetensors
 	$(BIN)/python tools/visualize.py --checkpoint output/demo/model_best.safetensors --out output/demo/see --overwrite
 
-check: setup  ## formatting, lint, types, import contract, spelling
+check: setup docs  ## formatting, lint, types, import contract, spelling, the docs site
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/codespell
@@ -48,7 +48,10 @@ test: check browser  ## everything: checks and the whole test suite
 quick: check  ## the checks and the tests that take seconds
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
-tables: setup  ## write the tables of the model cards from what was measured and counted
+docs: setup  ## build the docs site in site/; a broken link or reference is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+tables: setup  ## write the tables of the README, the docs and the model cards from what was measured and counted
 	$(BIN)/python tools/make_tables.py
 
 format: setup  ## format and apply the safe fixes
@@ -56,4 +59,4 @@ format: setup  ## format and apply the safe fixes
 	$(BIN)/ruff check --fix .
 
 clean:  ## remove what was generated, the environment included
-	rm -rf $(VENV) output build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) output build site *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,10 +1,10 @@
-"""Write the tables of the README and the model cards, and the plots: python tools/make_tables.py [--check]."""
+"""Write the tables of README, docs and model cards, and the plots: python tools/make_tables.py [--check]."""
 
 import argparse
 import sys
 from pathlib import Path
 
-from visionattn.analysis import cards, performance, plots
+from visionattn.analysis import cards, documents, performance, plots
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,6 +20,9 @@ def main() -> int:
     readme = ROOT / "README.md"
     if (text := performance.render(ROOT, readme.read_text())) != readme.read_text():
         stale[readme] = text
+    for page in documents.pages(ROOT):
+        if (text := documents.render(ROOT, page, page.read_text())) != page.read_text():
+            stale[page] = text
     for path, text in stale.items():
         print(f"{'out of date' if args.check else 'wrote'}: {path.relative_to(ROOT)}")
         if not args.check:

@@ -46,7 +46,7 @@ def operators(root: Path) -> Iterator[str]:
             cells.append(_span([there[_race(row)]["peak_mb"] / row["peak_mb"] for row in both]))
             yield f"| {' | '.join(cells)} |"
         yield ""
-        yield f"{_where(data)}. Rows: `{path.relative_to(root)}`, by `python tools/benchmark.py ops`."
+        yield f"{where(data)}. Rows: `{path.relative_to(root)}`, by `python tools/benchmark.py ops`."
         yield "Ratios are medians of interleaved rounds: the smallest and the largest over the shapes of the models at"
         yield "224 pixels and in detection. Memory is what a call holds beyond its inputs."
     if not any((root / name).exists() for name in GPUS):
@@ -66,7 +66,7 @@ def models(root: Path) -> Iterator[str]:
             spread = f"{row['speedup']:.2f} ({row['speedup_low']:.2f} to {row['speedup_high']:.2f})"
             yield f"| `{row['subject']}` | {row['shape']}, {row['direction']} | {rivals[_race(row)]} | {spread} |"
     yield ""
-    yield f"{_where(data)}. Rows: `{MODELS}`, by `python tools/benchmark.py models`."
+    yield f"{where(data)}. Rows: `{MODELS}`, by `python tools/benchmark.py models`."
 
 
 def resolution(root: Path) -> Iterator[str]:
@@ -85,7 +85,7 @@ def resolution(root: Path) -> Iterator[str]:
         yield f"| `{name}` | {' | '.join(_growth(rows.get((name, size))) for size in sizes)} |"
     yield ""
     yield "Images a second, and the most memory held beyond the weights, for one square image of that side in fp32."
-    yield f"{_where(data)}. Rows: `{plots.RESOLUTION}`, by"
+    yield f"{where(data)}. Rows: `{plots.RESOLUTION}`, by"
     yield "`python tools/benchmark.py resolution`, which stops a model at a budget of time and memory."
     yield ""
     for file, plot in plots.plots(root).items():
@@ -111,7 +111,7 @@ def train(root: Path) -> Iterator[str]:
         yield f"| {' | '.join(cells)} | {row['ms'] / 1e3:.2f} ({spread}) | {row['peak_mb']:.0f} |"
     yield ""
     yield "Forward pass, backward pass and AdamW in fp32; memory beyond the weights, when AdamW makes its state."
-    yield f"{_where(data)}. Rows: `{plots.TRAINING}`, by `python tools/benchmark.py train`."
+    yield f"{where(data)}. Rows: `{plots.TRAINING}`, by `python tools/benchmark.py train`."
 
 
 def _growth(row: Row | None) -> str:
@@ -135,6 +135,7 @@ def _span(ratios: list[float]) -> str:
     return f"{low:.1f} to {high:.1f}" if f"{low:.1f}" != f"{high:.1f}" else f"{low:.1f}"
 
 
-def _where(data: Row) -> str:
+def where(data: Row) -> str:
+    """Machine, versions and date of a file of measurements."""
     m = data["machine"]
     return f"{m['device']}, {m['threads']} threads, torch {m['torch']}, {m['date']}"

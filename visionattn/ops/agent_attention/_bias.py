@@ -13,12 +13,18 @@ class AgentBias(NamedTuple):
     Between an agent and the token at row i, column j it is ``up(grid)[i, j] + up(rows)[i] + up(cols)[j]``, ``up`` being
     bilinear for ``grid``, linear for the others (pixel centres aligned, no antialiasing). That equals the bilinear
     resizing of the summed map ``rows + cols``.
+
+    Attributes:
+        grid: ``(heads, a, g, g')``.
+        rows: ``(heads, a, h)``.
+        cols: ``(heads, a, w)``.
+        prefix: ``(heads, a, P)``, for the tokens before the map, such as a class token.
     """
 
-    grid: Tensor  # (heads, a, g, g')
-    rows: Tensor  # (heads, a, h)
-    cols: Tensor  # (heads, a, w)
-    prefix: Tensor | None = None  # (heads, a, P): the tokens before the map, such as a class token
+    grid: Tensor
+    rows: Tensor
+    cols: Tensor
+    prefix: Tensor | None = None
 
 
 def expand(bias: AgentBias, size: tuple[int, int], dtype: torch.dtype) -> Tensor:

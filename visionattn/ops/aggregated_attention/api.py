@@ -26,7 +26,7 @@ def aggregated_attention(
     """Attend to a window and to pooled tokens with one softmax over both (TransNeXt, arXiv:2311.17132, eq. 3 to 7).
 
     For the token at ``(y, x)`` of a head, with ``w`` over the cells of the window around it and ``p`` over pooled
-    tokens::
+    tokens:
 
         attn = softmax([q . k[w] + bias_local[w] | q . k_pool[p] + bias_pool[p]])
         out = sum_w (attn[w] + extra[w]) * v[w] + sum_p attn[p] * v_pool[p]
