@@ -1,5 +1,6 @@
 from collections.abc import Callable, Iterator
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -36,6 +37,16 @@ def test_any_shape(tokens: int, groups: int, d: int) -> None:
     scale = tokens**-0.5  # keeps the softmax soft, whose gradients are else differences of nearly equal numbers
     groups = max(groups, copies(d))
     check_budget(attend("triton", scale), attend("reference", scale), data(1, groups, tokens, d))
+
+
+def test_more_splits_than_are_added_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from visionattn.kernels import channel_attention as kernels
+
+    monkeypatch.setattr(kernels, "LEAST", 64)
+    (small,) = kernels.SMALL
+    tokens = 64 * (small.blocks["SPLITS"] + 1)
+    scale = tokens**-0.5
+    check_budget(attend("triton", scale), attend("reference", scale), data(1, 1, tokens, 4))
 
 
 def test_one_channel_is_copied() -> None:
