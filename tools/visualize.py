@@ -130,7 +130,9 @@ def _samples(args: argparse.Namespace, info: WeightsInfo | None) -> list[Source]
     for i, (x, shown, label) in enumerate(zip(found.inputs, found.images, found.labels, strict=True)):
         pixels = (torch.atleast_3d(torch.as_tensor(shown)).permute(2, 0, 1) * 255).round().to(torch.uint8)
         picture = as_picture(pixels)
-        sources.append(Source(f"{i:02}-{names[label]}", lambda x=x, picture=picture: (x[None], picture)))
+        sources.append(
+            Source(f"{i:02}-{names[label].replace('/', '-')}", lambda x=x, picture=picture: (x[None], picture))
+        )
     return sources
 
 

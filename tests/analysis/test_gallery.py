@@ -83,10 +83,12 @@ def test_a_folder_becomes_pages_and_pictures(photos, tmp_path, monkeypatch, caps
     assert any(f'["{animal}",' in text for animal in ("ant", "bee", "cat", "dog", "elk"))
 
     (out / "a.html").write_text("mine")
+    (out / "erf.png").write_bytes(b"mine")
     (out / "more" / "b.html").unlink()
     assert run(monkeypatch, *argv, "--image", photos, "--out", out) == 0
     assert "wrote 1 pages" in capsys.readouterr().out
     assert (out / "a.html").read_text() == "mine"
+    assert (out / "erf.png").read_bytes() == b"mine"
     assert (
         run(monkeypatch, *argv, "--image", photos / "a.png", "--out", out, "--overwrite", "--methods", "gradcam") == 0
     )
@@ -178,3 +180,15 @@ def test_sources_have_names_of_their_own(tmp_path) -> None:
         torch.tensor(list(shown.tobytes())).view(640, 640, 3).permute(2, 0, 1) / 255.0, 10
     )
     assert (x[0] * 0.25 + 0.5 - small).abs().mean() < 0.02  # the same crop
+
+
+def test_photos_are_upright(tmp_path) -> None:
+    image = Image.new("RGB", (60, 30), "black")
+    image.paste("white", (0, 0, 30, 30))  # the left half, which the camera says is the upper one
+    exif = image.getexif()
+    exif[274] = 6  # to be turned clockwise
+    image.save(tmp_path / "photo.jpg", exif=exif)
+    x, shown = image_sources([tmp_path / "photo.jpg"], CONFIG)[0].load()
+    assert x[0, :, :28].min() > 1.5
+    assert x[0, :, 36:].max() < -1.5
+    assert shown.getpixel((320, 100)) == (255, 255, 255)

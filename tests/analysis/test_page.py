@@ -75,7 +75,7 @@ class Opened:
 
     def shares(self) -> dict[tuple[int, int], float]:
         """Places that the page says are attended to, counted from 0, and how much."""
-        found = re.findall(r"row (\d+), column (\d+) \((-?[\d.e-]+)( %)?\)", self.text)
+        found = re.findall(r"row (\d+), column (\d+) \((-?[\d.e-]+)(\s%)?\)", self.text)
         return {(int(r) - 1, int(c) - 1): float(v) / (100 if p else 1) for r, c, v, p in found}
 
 
@@ -120,10 +120,10 @@ def test_a_click_says_what_a_patch_attends_to(browser: Any, vit: tuple[Path, Any
     agrees(opened.shares(), weights(layer, 2, 1).mean(0))
     opened.head(2)
     agrees(opened.shares(), weights(layer, 2, 1)[1])
-    on_token = float(re.findall(r"class token \(([\d.]+) %\)", opened.text)[0]) / 100
+    on_token = float(re.findall(r"class token \(([\d.]+)\s%\)", opened.text)[0]) / 100
     assert on_token == pytest.approx(float(layer.rows([layer.grid.token(2, 1)])[1, 0, 0]), abs=0.006)
     gate = opened.page.get_attribute('#heads button[title^="head 2"]', "title")
-    assert gate == f"head 2: output gate {100 * float(layer.gates[1]):.0f} %"
+    assert gate == f"head 2: output gate {100 * float(layer.gates[1]):.0f}\u00a0%"
     assert "Pinned" in opened.text
     opened.page.hover("#view", position={"x": 5, "y": 5})
     assert opened.text.startswith("Row 3, column 2 ")  # pinned: the pointer does not move it

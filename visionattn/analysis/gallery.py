@@ -88,14 +88,16 @@ class _Reader:
         times = -(-PICTURE // max(height, width))
         self.mode = "L" if channels == 1 else "RGB"
         self.transform: Any = create_transform(**options)
-        large = {**options, "input_size": (channels, times * height, times * width), "mean": (0.0,), "std": (1.0,)}
-        self.crop: Any = create_transform(**{**large, "mean": (0.0,) * channels, "std": (1.0,) * channels})
+        plain = {"mean": (0.0,) * channels, "std": (1.0,) * channels}
+        self.crop: Any = create_transform(
+            **{**options, **plain, "input_size": (channels, times * height, times * width)}
+        )
 
     def read(self, path: Path) -> tuple[Tensor, Any]:
-        from PIL import Image
+        from PIL import Image, ImageOps
 
         with Image.open(path) as file:
-            image = file.convert(self.mode)
+            image = ImageOps.exif_transpose(file).convert(self.mode)  # upright, as cameras mean it
         pixels = (self.crop(image) * 255).round().to(torch.uint8)  # (C, H, W)
         return self.transform(image)[None], as_picture(pixels)
 
@@ -125,7 +127,7 @@ def visualize(
 
     An image whose page exists is left as it is; one that cannot be read is reported and skipped. Receptive fields are
     the mean over the first images and go to ``erf.png``; several images with attention are put side by side in
-    ``overview.png``.
+    ``overview.png``; these two are not written again, either.
 
     Args:
         model: A classifier in eval mode; timm's MaxViT, DaViT, ConViT and SHViT fused (`visionattn.fuse`).
@@ -184,9 +186,9 @@ def visualize(
             text = render_page(found, image, title=source.name, model=name, origin=origin, class_names=class_names)
             _write(page, text.encode())  # last: a page says that its image is done
             summary.written.append(source.name)
-    if fields:
+    if fields and (overwrite or not (out / "erf.png").exists()):
         _save(draw_receptive_fields(fields), out / "erf.png")
-    if len(shown) > 1:
+    if len(shown) > 1 and (overwrite or not (out / "overview.png").exists()):
         _save(draw_overview([f for f, _ in shown], [i for _, i in shown], class_names), out / "overview.png")
     return summary
 

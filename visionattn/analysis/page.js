@@ -45,7 +45,7 @@
   const css = (c) => `rgb(${c.map(Math.round).join(" ")})`;
   const RAMP = `linear-gradient(90deg, ${STOPS.map(css).join(", ")})`;
   const SIGNED = "linear-gradient(90deg, rgb(56 130 246), rgb(20 20 24), rgb(249 115 22))";
-  const percent = (v) => (100 * v).toFixed(Math.abs(v) >= 0.0995 ? 0 : Math.abs(v) >= 0.00995 ? 1 : 2) + " %";
+  const percent = (v) => (100 * v).toFixed(Math.abs(v) >= 0.0995 ? 0 : Math.abs(v) >= 0.00995 ? 1 : 2) + "\u00a0%";
 
   // State
   const state = { tab: "attention", head: -1, row: 0, column: 0, token: false, pinned: false, choice: {}, channel: 0, part: -1 };
@@ -198,7 +198,7 @@
     if (Math.abs(outside) > 0.0005) others.push(`padding (${shares(outside)})`);
     const pooled = layer.keys[0] === H ? "" : `${h} x ${w} map: `;
     sentence([["b", who], ["em", ` of ${H} x ${W}`], ["", verb], ["em", pooled], ["", top5(values).map((k) => `${place(k, w)} (${shares(values[k])})`).join("; ") || "nothing"],
-      ["", others.length ? `; ${others.join(", ")}` : ""], ["em", state.pinned ? ". Pinned: click it again to let go." : "."]]);
+      ["", others.length ? `; ${others.join(", ")}` : ""], ["em", state.pinned && !layer.same ? ". Pinned: click it again to let go." : "."]]);
   };
   const drawStill = () => {
     const item = current(), strength = $("strength").value / 100;
@@ -258,8 +258,8 @@
     $("layer-box").hidden = empty || list.length < 2;
     $("head-box").hidden = true;
     $("panel").toggleAttribute("data-still", !interactive());
-    $("token").hidden = !(interactive() && layer.token);
-    $("help").textContent = !interactive() ? "" : layer.amongChannels ? "Point at a row, click to keep it, or use the arrow keys." : "Point at a patch; click to keep it. Arrow keys move, [ and ] change the layer.";
+    $("token").hidden = !(interactive() && layer.token && !layer.same);
+    $("help").textContent = !interactive() || layer.same ? "" : layer.amongChannels ? "Point at a row, click to keep it, or use the arrow keys." : "Point at a patch; click to keep it. Arrow keys move, [ and ] change the layer.";
     view.setAttribute("aria-label", interactive() ? `What a patch attends to, ${layer ? layer.name : ""}. Arrow keys choose the patch.` : "Map over the image");
     view.setAttribute("role", "img");
     if (empty) return;

@@ -12,7 +12,8 @@ from visionattn.analysis.gradients import ReceptiveField
 from visionattn.analysis.page import PLACES, busiest, class_name, likeliest, logarithmic, percent
 from visionattn.extras import require
 
-ROWS = 4  # layers in a picture
+ROWS = 8  # layers in a picture
+OVERVIEW_ROWS = 4  # of many images side by side
 HEADS = 4  # of each, beside their mean
 CHANNELS = 6  # of a feature map, beside its colours
 PANEL = 256  # pixels along the longer side of a panel, at most
@@ -21,7 +22,7 @@ FRAME = "#2fe0ff"
 
 
 def draw_attention(findings: Findings, image: Any) -> Any:
-    """Draw what one patch, the one whose pixels vary most, attends to: a row for each of four layers.
+    """Draw what one patch, the one whose pixels vary most, attends to, in the deepest layer of every kind and size.
 
     Each row shows the mean over heads and the first heads over the image. Regions that BiFormer routed to are framed;
     channel attention is drawn as matrices of its groups.
@@ -43,10 +44,16 @@ def draw_attention(findings: Findings, image: Any) -> Any:
             if i > min(HEADS, layer.heads):
                 cell.set_axis_off()
                 continue
-            title = "mean" if i == 0 else f"head {i}"
+            channels = layer.operator == "channel_attention"
+            title = "mean" if i == 0 else f"{'group' if channels else 'head'} {i}"
             if i and layer.gates is not None:
                 title += f", gate {float(layer.gates[i - 1]):.2f}"
-            _heat(cell, image, maps.mean(dim=0) if i == 0 else maps[i - 1], title)
+            weights = maps.mean(dim=0) if i == 0 else maps[i - 1]
+            if channels:
+                _clear(cell, weights.numpy(), cmap="inferno")
+                cell.set_title(title, fontsize=8)
+            else:
+                _heat(cell, image, weights, title)
             if i == 0 and query is not None:
                 _frames(cell, layer, query)
         if query is not None:
@@ -65,7 +72,8 @@ def draw_overview(found: Sequence[Findings], images: Sequence[Any], class_names:
     Returns:
         A `matplotlib.figure.Figure`.
     """
-    names, images = [layer.name for layer in shown_layers(found[0].attention)], [_small(image) for image in images]
+    images, of_tokens = [_small(image) for image in images], [x for x in found[0].attention if x.grid is not None]
+    names = [layer.name for layer in shown_layers(of_tokens)][-OVERVIEW_ROWS:]
     figure, axes = _figure(1 + len(names), len(images), images[0])
     for j, (findings, image) in enumerate(zip(found, images, strict=True)):
         (number, share), *_ = likeliest(findings.logits, 1)
@@ -126,15 +134,11 @@ def draw_receptive_fields(fields: Sequence[ReceptiveField]) -> Any:
 
 
 def shown_layers(layers: Sequence[AttentionLayer]) -> list[AttentionLayer]:
-    """At most four layers: the deepest of each map's size and kind of operator, or evenly spaced ones."""
-    last = list({(_key(layer), layer.operator): layer for layer in layers}.values())
-    chosen = last if len(last) > 1 else list(layers)
-    count = min(ROWS, len(chosen))
+    """The deepest layer of each map's size and kind of operator; four, evenly spaced, where all are of one."""
+    last = list({(layer.args[0].shape[2:-1], layer.kind): layer for layer in layers}.values())
+    chosen, most = (last, ROWS) if len(last) > 1 else (list(layers), OVERVIEW_ROWS)
+    count = min(most, len(chosen))
     return [chosen[(i + 1) * len(chosen) // count - 1] for i in range(count)]
-
-
-def _key(layer: AttentionLayer) -> tuple[int, ...]:
-    return layer.args[0].shape[2:-1]
 
 
 def _maps(layer: AttentionLayer, image: Any) -> tuple[Tensor, tuple[int, int] | None]:
