@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from tests.analysis.test_attention import family
+from tests.analysis.test_methods import Net
 from visionattn.analysis import AttentionLayer, look, receptive_fields, render_page
 from visionattn.analysis.page import BUDGET, _plan, busiest, logarithmic
 
@@ -28,7 +29,8 @@ def browser() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     with playwright.sync_playwright() as p:
         sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium refuses to sandbox root
-        chromium = p.chromium.launch(executable_path=executable, args=sandbox)
+        # Containers have little of the memory that processes share.
+        chromium = p.chromium.launch(executable_path=executable, args=[*sandbox, "--disable-dev-shm-usage"])
         yield chromium
         chromium.close()
 
@@ -211,6 +213,22 @@ def test_every_kind_of_map_opens(browser: Any, name: str, tmp_path: Path) -> Non
     opened.page.click("#tab-rollout")
     if "rollout" in found.reasons:
         assert opened.page.inner_text("#reason") == found.reasons["rollout"]
+    assert opened.said == []
+
+
+def test_a_page_of_nothing_says_why(browser: Any, tmp_path: Path) -> None:
+    found = look(Net().eval(), torch.ones(1, 1, 8, 8))
+    (tmp_path / "page.html").write_text(render_page(found, picture(), title="", model="Net"))
+    opened = Opened(browser, tmp_path / "page.html")
+    for tab, reason in {
+        "attention": "no attention found in Net",
+        "rollout": "no attention found in Net",
+        "gradcam": "Net does not say where its stages end",
+        "field": "No receptive fields were derived",
+        "features": "Net does not say where its stages end",
+    }.items():
+        opened.page.click(f"#tab-{tab}")
+        assert reason in opened.page.inner_text("#reason")
     assert opened.said == []
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visionattn.analysis._stages import UnknownLayerError
 from visionattn.analysis.attention import AttentionLayer, NoAttentionError, Recording, record_attention
 from visionattn.analysis.features import feature_maps
 from visionattn.analysis.gradients import GradCam, NoEvidenceError, ReceptiveField, grad_cam
@@ -85,7 +86,12 @@ def look(
     if "gradcam" in methods:
         _cams(found, model, x, cam_layer, target)
     if "features" in methods:
-        found.features = feature_maps(model, x)
+        try:
+            found.features = feature_maps(model, x)
+        except UnknownLayerError as e:
+            found.reasons["features"] = f"Nothing to show: {e}."
+    if "erf" in methods and not found.fields:
+        found.reasons["erf"] = "No receptive fields were derived: receptive_fields() does so, and needs to know stages."
     return found
 
 
@@ -119,5 +125,7 @@ def _cams(found: Findings, model: nn.Module, x: Tensor, layer: str | None, targe
         return
     try:
         found.cams = [grad_cam(model, x, layer=layer, target=c) for c in likeliest]
-    except NoEvidenceError as e:
+    except (NoEvidenceError, UnknownLayerError) as e:
+        if layer is not None and isinstance(e, UnknownLayerError):
+            raise  # the caller named it
         found.reasons["gradcam"] = f"Nothing to show: {e}."

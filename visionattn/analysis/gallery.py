@@ -11,6 +11,7 @@ import torch
 from timm.data import create_transform, is_img_extension
 from torch import Tensor, nn
 
+from visionattn.analysis._stages import UnknownLayerError
 from visionattn.analysis.findings import METHODS, Findings, check_methods, look
 from visionattn.analysis.gradients import ReceptiveField, receptive_fields
 from visionattn.analysis.page import render_page
@@ -211,7 +212,10 @@ def _fields(model: nn.Module, sources: Sequence[Source], device: torch.device) -
             images.append(read[0].to(device))
         if len(images) == FIELD_IMAGES:
             break
-    return receptive_fields(model, images)
+    try:
+        return receptive_fields(model, images)
+    except UnknownLayerError:  # the pages say so
+        return []
 
 
 def _save(figure: Any, path: Path) -> None:

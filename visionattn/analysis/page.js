@@ -261,7 +261,7 @@
     $("token").hidden = !(interactive() && layer.token && !layer.same);
     $("help").textContent = !interactive() || layer.same ? "" : layer.amongChannels ? "Point at a row, click to keep it, or use the arrow keys." : "Point at a patch; click to keep it. Arrow keys move, [ and ] change the layer.";
     view.setAttribute("aria-label", interactive() ? `What a patch attends to, ${layer ? layer.name : ""}. Arrow keys choose the patch.` : "Map over the image");
-    view.setAttribute("role", "img");
+    view.setAttribute("role", interactive() ? "application" : "img"); // an application gets the arrow keys
     if (empty) return;
     $("layer-name").textContent = layer.kind ? `${layer.name}: ${layer.kind}` : layer.name;
     list.forEach((item, i) => {
