@@ -242,6 +242,7 @@ def test_pages_stay_within_their_budget() -> None:
     whole, small = (render_page(found, picture(), title="", model="", budget=b) for b in (BUDGET, full // 4))
     assert len(small) < len(whole)
     assert "Subsampled for the page" in small
+    assert "Subsampled for the page" not in whole  # 16 x 16 patches and fewer
     assert not re.search(r"(?:src|href)=.?(?!data:)\w+:", whole)
 
 

@@ -27,7 +27,8 @@ from visionattn.analysis.gradients import ReceptiveField
 from visionattn.analysis.rollouts import Rollout
 
 BUDGET = 12 * 2**20  # bytes of attention in a page before they are deflated
-ASKED = 14  # patches asked along each side at first; the budget may call for fewer
+ALL = 400  # patches of a map that can be asked one and all, unless the budget calls for fewer
+ASKED = 14  # along each side of a larger map
 LEAST = 7  # rows and columns of patches, and of keys, that the budget leaves in any case
 PLACES = (14, 14)  # parts of an image, of which the liveliest is asked first
 CHANNELS = 24  # of a feature map that are shown
@@ -153,7 +154,7 @@ def _plan(layers: Sequence[AttentionLayer], budget: int) -> list[_Plan]:
     plans = []
     for layer in layers:
         H, W = (1, 1) if layer.operator == "channel_attention" else layer.map_size
-        plans.append(_Plan(layer, (min(H, ASKED), min(W, ASKED))))
+        plans.append(_Plan(layer, (H, W) if H * W <= ALL else (min(H, ASKED), min(W, ASKED))))
     while sum(plan.bytes for plan in plans) > budget:
         if not any(plan.coarser() for plan in sorted(plans, key=lambda plan: -plan.bytes)):
             break
