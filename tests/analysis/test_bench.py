@@ -1,3 +1,4 @@
+import copy
 import json
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from visionattn.analysis import bench, compare
+from visionattn.analysis import bench, compare, performance
 from visionattn.ops import OPERATORS
 
 ROOT = Path(__file__).parents[2]
@@ -76,6 +77,16 @@ def test_infvit_is_compared_with_softmax_fused_and_not() -> None:
     rows = list(compare.infvit([32], rounds=1, dim=32, depth=1, num_heads=2))
     assert [r.contestant for r in rows] == ["softmax, unfused", "softmax, fused", "InfViT, linear", "InfViT, pure"]
     assert rows[0].shape == "32x32, batch 1"
+
+
+def test_compiled_models_are_raced_against_each_other(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(bench, "_compiled", copy.deepcopy)
+    rows = bench.measure_model("shvit_s1", size=64, batch=1, rounds=1, compiled=True)
+    assert [r.contestant for r in rows] == ["timm", "visionattn", "timm, compiled", "visionattn, compiled"]
+    assert rows[0].speedup == rows[2].speedup == 1.0
+    bench.write(tmp_path / performance.MODELS, bench.machine("cpu"), rows)
+    table = [line.split(" | ")[1:3] for line in performance.models(tmp_path) if "shvit" in line]
+    assert table == [["64x64, batch 1, forward", "timm"], ["64x64, batch 1, forward, compiled", "timm, compiled"]]
 
 
 @pytest.mark.slow

@@ -162,7 +162,7 @@ def measure_model(
         device: ``"cpu"`` or ``"cuda"``.
         dtype: A key of `DTYPES`.
         rounds: Times that each contestant is measured, in turn.
-        compiled: Race both through ``torch.compile`` as well.
+        compiled: Race both through ``torch.compile`` as well, against each other.
         train: Race the forward and backward pass too.
 
     Raises:
@@ -179,22 +179,28 @@ def measure_model(
             model.set_input_size((size, size))
         model = model.to(device, DTYPES[dtype])
         contestants = {"timm": model, "visionattn": fuse(copy.deepcopy(model))}
+    races = [contestants]
     if compiled:
-        for key, run in list(contestants.items()):
-            own: Any = torch.compile(copy.deepcopy(run))
-            contestants[f"{key}, compiled"] = own
+        torch.compiler.reset()  # else what was compiled at one size is compiled again for any, and more slowly
+        races.append({f"{key}, compiled": _compiled(run) for key, run in contestants.items()})
     x = randn(batch, 3, size, size).to(device, DTYPES[dtype])
     label = f"{size}x{size}, batch {batch}"
     with torch.no_grad():
         expected = next(iter(contestants.values()))(x)
-        for contestant, run in contestants.items():
+        for contestant, run in ((key, run) for group in races for key, run in group.items()):
             check_close(f"{name}, {label}: {contestant}", run(x), expected, 1e-3 if dtype == "fp32" else 0.1)
     rows = []
     for direction in DIRECTIONS if train else DIRECTIONS[:1]:
-        calls = {key: _model_call(run, x, direction) for key, run in contestants.items()}
         what = {"subject": name, "shape": label, "direction": direction, "dtype": dtype}
-        rows += race(calls, what, device, rounds)
+        for group in races:
+            calls = {key: _model_call(run, x, direction) for key, run in group.items()}
+            rows += race(calls, what, device, rounds)
     return rows
+
+
+def _compiled(model: nn.Module) -> nn.Module:
+    own: Any = torch.compile(copy.deepcopy(model), dynamic=False)
+    return own
 
 
 class OnReference(nn.Module):

@@ -60,11 +60,13 @@ def models(root: Path) -> Iterator[str]:
     data = json.loads((root / MODELS).read_text())
     yield "| model | input | against | times faster (quartiles) |"
     yield "|---|---|---|---|"
-    rivals = {_race(row): row["contestant"] for row in reversed(data["rows"])}  # the first of a race
     for row in data["rows"]:
-        if row["contestant"] == "visionattn":
+        own, compiled = row["contestant"].partition(",")[::2]
+        if own == "visionattn":
+            rival = next(r["contestant"] for r in data["rows"] if _race(r) == _race(row))  # the first of a race
             spread = f"{row['speedup']:.2f} ({row['speedup_low']:.2f} to {row['speedup_high']:.2f})"
-            yield f"| `{row['subject']}` | {row['shape']}, {row['direction']} | {rivals[_race(row)]} | {spread} |"
+            how = f"{row['direction']},{compiled}" if compiled else row["direction"]
+            yield f"| `{row['subject']}` | {row['shape']}, {how} | {rival}{',' * bool(compiled)}{compiled} | {spread} |"
     yield ""
     yield f"{where(data)}. Rows: `{MODELS}`, by `python tools/benchmark.py models`."
 
