@@ -49,9 +49,10 @@ class Backbone(OfficialWeights, nn.Module):
     """Base of every backbone made of a stem and a run of stages.
 
     Subclasses set, after ``super().__init__``:
-        stem: image ``(B, in_chans, H, W)`` to the first map.
-        stages: `nn.ModuleList`, map to map; a `Stage` each, or single blocks in an isotropic backbone.
-        norm: map to map, before pooling; `nn.Identity` where there is none.
+
+    - ``stem``: image ``(B, in_chans, H, W)`` to the first map.
+    - ``stages``: `nn.ModuleList`, map to map; a `Stage` each, or single blocks in an isotropic backbone.
+    - ``norm``: map to map, before pooling; `nn.Identity` where there is none.
 
     Args:
         dims: Channels of each entry of ``stages``.
