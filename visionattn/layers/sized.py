@@ -29,7 +29,7 @@ class SizedTables(nn.Module):
         for name, table in list(self.named_parameters(recurse=False)):
             shape = self.table_shape(name, size)
             if table.shape != shape:
-                new = table.new_empty(shape) if table.is_meta else self.resize(table.detach(), shape)
+                new = table.new_empty(shape) if table.is_meta else self.resize(table.detach(), shape).contiguous()
                 setattr(self, name, nn.Parameter(new, requires_grad=table.requires_grad))
 
 

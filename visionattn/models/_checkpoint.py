@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import json
 import logging
 import pickle
 import re
@@ -22,6 +23,7 @@ Rules = Sequence[tuple[str, str | None]]
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module")
 EMA_WRAPPERS = ("model_ema", "state_dict_ema", "ema")
+HEADER = "visionattn"  # the entry of a safetensors header in which training describes the model
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
 
 
@@ -204,6 +206,28 @@ def read_checkpoint(path: str | Path) -> Any:
         ) from e
     except (RuntimeError, EOFError, ValueError, KeyError) as e:
         raise CheckpointError(f"{path} cannot be read as a PyTorch weight file (damaged or cut short?): {e}") from e
+
+
+def read_header(path: str | Path) -> dict[str, Any] | None:
+    """Return what training here wrote about the model into a weight file's header; None for any other file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it is damaged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    if path.suffix != ".safetensors":
+        return None
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+    except (SafetensorError, OSError) as e:
+        raise CheckpointError(f"{path} is not a readable safetensors file: {e}") from e
+    return json.loads(header[HEADER]) if HEADER in header else None
 
 
 def unwrap(data: Any, *, use_ema: bool = False, name: str = "checkpoint") -> StateDict:

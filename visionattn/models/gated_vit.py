@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from timm.models import generate_default_cfgs, register_model
+from timm.models._input import update_model_args
 from torch import nn
 
 from visionattn.layers.attention.gated import Gate, GatedAttention
@@ -68,8 +69,9 @@ class GatedViT(PlainViT):
     ) -> None:
         if clip is not None and alpha is not None:
             raise ValueError(f"give clip or alpha, not both; got clip={tuple(clip)} and alpha={alpha}")
+        length = max_seq_length or _tokens(**kwargs)
         if alpha is not None:
-            clip = (-alpha / (max_seq_length or _tokens(**kwargs)), 1.0)
+            clip = (-alpha / length, 1.0)
         kind: Any = {"auto": "linear", "none": None}.get(gate or "none", gate)
 
         def mixer(i: int) -> nn.Module:
@@ -79,6 +81,12 @@ class GatedViT(PlainViT):
 
         super().__init__(mixer=mixer, dim=dim, **kwargs)
         self.gate_follows_weights = gate == "auto"
+        self.max_seq_length = length
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """As `PlainViT.set_input_size`; the constant by which ``alpha`` is divided stays."""
+        super().set_input_size(img_size)
+        update_model_args(self, max_seq_length=self.max_seq_length)
 
     def from_official(self, state: StateDict) -> StateDict:
         """Rename the authors' keys, join their projections, and stack what they keep a head at a time."""
@@ -96,6 +104,7 @@ class GatedViT(PlainViT):
             _logger.warning("The weights have no gates, so the model loses its own; gate='none' says so at once.")
             for block in self.stages:
                 block.attn.gate = None
+            update_model_args(self, gate="none")
 
 
 def _tokens(img_size: int | tuple[int, int] = 224, patch_size: int = 16, **_: Any) -> int:

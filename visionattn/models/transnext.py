@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from timm.layers import DropPath, LayerNorm, calculate_drop_path_rates, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
+from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from visionattn.layers.attention.aggregated import AggregatedAttention, FullCosineAttention
@@ -18,6 +19,7 @@ from visionattn.layers.channels_last import ConvNHWC, ToNHWC
 from visionattn.layers.conv_glu import ConvGLU
 from visionattn.models._backbone import Backbone, Stage
 from visionattn.models._create import cfg, create
+from visionattn.models._hosts._block import pair
 from visionattn.ops import Impl
 
 BiasMode = Literal["extrapolate", "interpolate"]
@@ -133,15 +135,18 @@ class TransNeXt(Backbone):
                 down = nn.Sequential(conv, LayerNorm(dim, eps=1e-5))
             self.stages.append(Stage(down, blocks, LayerNorm(dim, eps=1e-6)))
         self.norm = nn.Identity()  # every stage ends in its own
-        self.set_input_size(img_size)
+        self._set_bias_sizes(pair(img_size))
         self.apply(_init)
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Make the position biases for images of this size (side, or height and width), if they are interpolated."""
-        H, W = (img_size, img_size) if isinstance(img_size, int) else img_size
+        self._set_bias_sizes(pair(img_size))
+        update_model_input_size(self, self.img_size)
+
+    def _set_bias_sizes(self, img_size: tuple[int, int]) -> None:
+        H, W = self.img_size = img_size
         if min(H, W) < 1:
             raise ValueError(f"img_size must be positive, got {img_size}")
-        self.img_size = (H, W)
         for i, stage in enumerate(self.stages):
             stride = 4 * 2**i
             size = (math.ceil(H / stride), math.ceil(W / stride))

@@ -83,6 +83,11 @@ def exporting() -> bool:
     return torch.compiler._is_exporting_flag or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
 
 
+def open_size(*sizes: int) -> bool:
+    """Whether an exporter leaves one of these sizes open: no branch may then depend on it."""
+    return exporting() and any(isinstance(size, torch.SymInt) for size in sizes)
+
+
 def missing(impl: str) -> str | None:
     """Return why ``impl`` cannot run in this process whatever the input, or None if it can."""
     if impl == "triton":

@@ -16,17 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 import visionattn
+from visionattn.models._checkpoint import HEADER, read_header
 from visionattn.train.build import build_model
 from visionattn.train.errors import CheckpointError
 from visionattn.train.files import remove, write_atomically
 
-_KEY = "visionattn"  # of our entry in the safetensors header
 _STATES_KEPT = 2  # the newest, and the one before in case the newest cannot be read
 
 
@@ -60,7 +59,7 @@ def save_weights(path: Path, state_dict: Mapping[str, Tensor], info: WeightsInfo
         CheckpointError: the file could not be written.
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
-    header = {"format": "pt", _KEY: json.dumps(dataclasses.asdict(info))}
+    header = {"format": "pt", HEADER: json.dumps(dataclasses.asdict(info))}
     write_atomically(path, lambda file: file.write(safetensors.torch.save(tensors, metadata=header)))
 
 
@@ -70,20 +69,14 @@ def read_info(path: str | Path) -> WeightsInfo | None:
     Raises:
         CheckpointError: there is no such file, or it is damaged.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}")
-    if path.suffix != ".safetensors":
-        return None
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-    except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
-    if _KEY not in header:
+        header = read_header(path)
+    except (visionattn.CheckpointError, OSError) as error:
+        raise CheckpointError(str(error)) from error
+    if header is None:
         return None
     known = {field.name for field in dataclasses.fields(WeightsInfo)}
-    values = {name: value for name, value in json.loads(header[_KEY]).items() if name in known}
+    values = {name: value for name, value in header.items() if name in known}
     missing = known - set(values)
     if missing:
         raise CheckpointError(f"the header of {path} lacks {', '.join(sorted(missing))}")

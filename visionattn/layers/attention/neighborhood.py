@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visionattn.ops import Impl, neighborhood_attention
+from visionattn.ops._dispatch import open_size
 
 
 class NeighborhoodAttention(nn.Module):
@@ -50,7 +51,7 @@ class NeighborhoodAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         _, H, W, _ = x.shape
         least = self.kernel_size * self.dilation
-        if min(H, W) < least:
+        if open_size(H, W) or min(H, W) < least:
             x = F.pad(x, (0, 0, 0, max(0, least - W), 0, max(0, least - H)))
         q, k, v = self.qkv(x).unflatten(3, (3, self.num_heads, -1)).permute(3, 0, 4, 1, 2, 5)  # 3 x (B, h, H', W', d)
         y = neighborhood_attention(

@@ -1,9 +1,10 @@
 """What the hosts share."""
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 from timm.layers import DropPath, LayerNorm, Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from visionattn.layers.sized import SizedTables, fit_tables
@@ -50,6 +51,10 @@ class Host(Backbone):
         """Return the size of each stage's map for images of ``img_size``."""
         raise NotImplementedError
 
+    def fixed_by_size(self) -> dict[str, Any]:
+        """Arguments that follow from ``img_size`` at construction and not when it changes later; here none."""
+        return {}
+
     def set_input_size(self, img_size: int | Size) -> None:
         """Make the learned tables, resized, those of images of ``img_size``, for fine-tuning at that size.
 
@@ -60,6 +65,7 @@ class Host(Backbone):
                 for module in part.modules():
                     if isinstance(module, SizedTables):
                         module.set_size(size)
+        update_model_input_size(self, pair(img_size), **self.fixed_by_size())
 
     def from_official(self, state: StateDict) -> StateDict:
         """Rename the authors' keys; resize tables that are for images of another size."""

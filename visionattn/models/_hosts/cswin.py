@@ -78,7 +78,7 @@ class CSwin(Host):
         super().__init__(dims=dims, reductions=[4 * 2**i for i in range(len(dims))], in_chans=in_chans, **head)
         if not len(dims) == len(depths) == len(num_heads):
             raise ValueError(f"dims, depths and num_heads must be as long, got {dims}, {depths} and {num_heads}")
-        split = max(7, min(pair(img_size)) // 32) if split_size is None else split_size
+        self.split_size = split = max(7, min(pair(img_size)) // 32) if split_size is None else split_size
         rates = stage_rates(drop_path_rate, depths)
         self.stem = nn.Sequential(
             nn.Conv2d(in_chans, dims[0], 7, stride=4, padding=2), ToNHWC(), LayerNorm(dims[0], eps=1e-5)
@@ -102,6 +102,10 @@ class CSwin(Host):
         return -(
             -((pixels + 1) // 4) // (self._last_reduction() // 4)
         )  # the first convolution does not pad to the full
+
+    def fixed_by_size(self) -> dict[str, Any]:
+        """The width of the stripes."""
+        return {"split_size": self.split_size}
 
     @staticmethod
     def map_sizes(img_size: int | Size) -> list[Size]:

@@ -17,6 +17,7 @@ from timm.layers import (
     resample_abs_pos_embed,
     trunc_normal_,
 )
+from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from visionattn.layers.sized import SizedTables
@@ -163,6 +164,7 @@ class PlainViT(Backbone):
         for module in self.stages.modules():
             if isinstance(module, SizedTables):
                 module.set_size(new)
+        update_model_input_size(self, pair(img_size))
 
     def from_official(self, state: StateDict) -> StateDict:
         """Rename the authors' keys; resize a position embedding that is for square images of another size."""

@@ -77,7 +77,7 @@ class Swin(Host):
         super().__init__(dims=dims, reductions=reductions, in_chans=in_chans, num_classes=num_classes, **head)
         if not len(dims) == len(depths) == len(num_heads):
             raise ValueError(f"dims, depths and num_heads must be as long, got {dims}, {depths} and {num_heads}")
-        window = max(7, min(pair(img_size)) // 32) if window_size is None else window_size
+        self.window_size = window = max(7, min(pair(img_size)) // 32) if window_size is None else window_size
         rates = stage_rates(drop_path_rate, depths)
         self.stem = PatchEmbed(
             None,
@@ -105,6 +105,10 @@ class Swin(Host):
             self.stages.append(Stage(PatchMerging(dims[s - 1], dim) if s else nn.Identity(), blocks))
         self.norm = LayerNorm(dims[-1], eps=1e-5)
         self.apply(init_linear)
+
+    def fixed_by_size(self) -> dict[str, Any]:
+        """The side of the windows."""
+        return {"window_size": self.window_size}
 
     @staticmethod
     def map_sizes(img_size: int | Size) -> list[Size]:

@@ -1,0 +1,209 @@
+"""Export a model to a file, then run the file on other inputs and compare it with the model."""
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from visionattn.analysis.folder import FolderError, replace_folder, write_folder
+from visionattn.analysis.quantize import INSTALL, Run, session
+from visionattn.analysis.subject import Size
+from visionattn.extras import MissingExtraError, require
+from visionattn.testing import randn
+
+Format = Literal["onnx", "torchscript", "pt2", "safetensors"]
+FORMATS: tuple[str, ...] = get_args(Format)
+STEP = 32  # a size that is left open takes multiples of this
+TOLERANCE = 1e-4  # of the largest value
+
+
+class ExportError(RuntimeError):
+    """A model could not be exported, or what was exported does not compute what the model does."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and how it was checked.
+
+    Attributes:
+        path: The file, or the folder.
+        format: Its kind.
+        megabytes: Its size.
+        shapes: Of the images that the file and the model were both run on.
+        largest_error: Between their results, over the largest value.
+        smallest: Where H and W are open, the least that both may be, in steps of 32; else None.
+    """
+
+    path: Path
+    format: str
+    megabytes: float
+    shapes: list[tuple[int, ...]]
+    largest_error: float
+    smallest: int | None = None
+
+
+def export(
+    model: nn.Module, path: str | Path, *, format: Format, size: Size, dynamic_size: bool = False,
+    card: Mapping[str, Any] | None = None,
+) -> Exported:  # fmt: skip
+    """Write a model to a file, with a batch of any size, and check the file by running it on other inputs.
+
+    Nothing is left at ``path`` unless the check passed.
+
+    Args:
+        model: In eval mode, on the CPU, in fp32.
+        path: The file; for ``"safetensors"`` a folder, see `visionattn.analysis.folder`.
+        format: ``"onnx"`` (checked in ONNX Runtime), ``"torchscript"`` (a trace), ``"pt2"`` (`torch.export`) or
+            ``"safetensors"`` (weights and configuration, from which timm makes the model).
+        size: ``(H, W)`` of the images.
+        dynamic_size: Leave H and W open too: multiples of 32 from 64 up. For ``"onnx"`` and ``"pt2"``; not every
+            architecture allows it.
+        card: For ``"safetensors"``: arguments of `visionattn.analysis.folder.write_folder`.
+
+    Raises:
+        ExportError: the model cannot be exported so, or the file computes something else.
+        ValueError: unknown format, one that has no open size, or a model that is not in fp32 on the CPU.
+        FolderError: a folder cannot be written or cannot say what the model is.
+        MissingExtraError: a package that the format needs is not installed.
+    """
+    _check(model, format, size, dynamic_size)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
+        written = Path(folder) / path.name
+        try:
+            with torch.no_grad():
+                run = (
+                    write_folder(model, written, **(card or {}))
+                    if format == "safetensors"
+                    else _WRITERS[format](model, written, size, dynamic_size)
+                )
+        except (MissingExtraError, FolderError):
+            raise
+        except Exception as e:  # exporters raise what they like; the cause stays attached
+            raise ExportError(f"the model cannot be exported to {format}{_with(dynamic_size)}: {_first_line(e)}") from e
+        wider = [(size[0] + STEP, size[1] + 3 * STEP)] if dynamic_size else []
+        shapes, error = _compare(model, run, [size, *wider], format, dynamic_size)
+        smallest = None
+        if dynamic_size:
+            smallest, more = _smallest(model, run, size, format)
+            shapes += more
+        if written.is_dir():
+            replace_folder(written, path)
+        else:
+            written.replace(path)
+    files = [path] if path.is_file() else list(path.iterdir())
+    return Exported(path, format, round(sum(f.stat().st_size for f in files) / 2**20, 2), shapes, error, smallest)
+
+
+def _check(model: nn.Module, format: str, size: Size, dynamic_size: bool) -> None:
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}; got {format!r}")
+    if dynamic_size and format == "torchscript":
+        raise ValueError("a trace is for one size of image: with an open H and W, export to onnx or pt2")
+    if dynamic_size and (size[0] % STEP or size[1] % STEP or min(size) < 2 * STEP):
+        raise ValueError(
+            f"an open H and W takes multiples of {STEP} from {2 * STEP} up, the images are {size[0]} x {size[1]}; "
+            "name such a size (--img-size), or leave only the batch open (--dynamic batch)"
+        )
+    odd = next((n for n, p in model.named_parameters() if p.dtype != torch.float32 or p.device.type != "cpu"), None)
+    if odd is not None or model.training:
+        what = f"its parameter {odd} is elsewhere" if odd is not None else "it is in training mode"
+        raise ValueError(f"a model is exported in fp32, on the CPU and in eval mode; {what}")
+
+
+def _compare(
+    model: nn.Module, run: Run, sizes: Sequence[Size], format: str, dynamic_size: bool
+) -> tuple[list[tuple[int, ...]], float]:
+    """Run both on images of these sizes, alone and in threes; return the shapes and the largest error."""
+    shapes: list[tuple[int, ...]] = [
+        (batch, int(getattr(model, "in_chans", 3)), *size) for size in sizes for batch in (1, 3)
+    ]
+    worst = 0.0
+    for shape in shapes:
+        x = randn(*shape, seed=1)
+        with torch.no_grad():
+            expected = model(x)
+            try:
+                actual = run(x)
+            except Exception as e:  # runtimes raise what they like, too
+                raise ExportError(
+                    f"the {format} file does not run on images {shape}{_hint(dynamic_size)}: {_first_line(e)}"
+                ) from e
+        error = ((actual - expected).abs().max() / expected.abs().max()).item()
+        if not error <= TOLERANCE:
+            raise ExportError(
+                f"the {format} file is off by {error:.1e} of the largest value on images {shape}, allowed are "
+                f"{TOLERANCE:.0e}{_hint(dynamic_size)}; nothing was written"
+            )
+        worst = max(worst, error)
+    return shapes, worst
+
+
+def _smallest(model: nn.Module, run: Run, size: Size, format: str) -> tuple[int, list[tuple[int, ...]]]:
+    """Find the least H and W at which the file is right, and the shapes that show it."""
+
+    def shown(side: int) -> list[tuple[int, ...]]:
+        return _compare(model, run, [(side, side), (side, max(size) + STEP)], format, True)[0]
+
+    for side in range(2 * STEP, min(size), STEP):
+        with suppress(ExportError):  # maps that are smaller than a window are computed in another way
+            return side, shown(side)
+    return min(size), shown(min(size))
+
+
+def _with(dynamic_size: bool) -> str:
+    return " with an open H and W" if dynamic_size else ""
+
+
+def _hint(dynamic_size: bool) -> str:
+    return " (how it computes depends on H and W: leave only the batch open)" if dynamic_size else ""
+
+
+def _first_line(e: Exception) -> str:
+    text = str(e).strip()
+    return text.splitlines()[0] if text else type(e).__name__
+
+
+def _program(model: nn.Module, size: Size, dynamic_size: bool) -> torch.export.ExportedProgram:
+    axes: dict[int, Any] = {0: torch.export.Dim("batch")}
+    if dynamic_size:
+        axes |= {2: STEP * torch.export.Dim("rows", min=2), 3: STEP * torch.export.Dim("columns", min=2)}
+        # Traced at a size that no table of the model is for, so that the general way is recorded.
+        size = (size[0] + 2 * STEP, size[1] + 5 * STEP)
+    example = randn(2, int(getattr(model, "in_chans", 3)), *size)  # tracers take a size of one for a constant
+    return torch.export.export(model, (example,), dynamic_shapes=(axes,))
+
+
+def _onnx(model: nn.Module, path: Path, size: Size, dynamic_size: bool) -> Run:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        require(package, "exporting to ONNX", INSTALL)
+    torch.onnx.export(
+        _program(model, size, dynamic_size), (), path, dynamo=True, input_names=["images"], output_names=["logits"],
+        external_data=False, verbose=False,
+    )  # fmt: skip
+    return session(path)
+
+
+def _torchscript(model: nn.Module, path: Path, size: Size, dynamic_size: bool) -> Run:
+    example = randn(2, int(getattr(model, "in_chans", 3)), *size)
+    torch.jit.save(torch.jit.trace(model, example, check_trace=False), path)  # checked here, on other batches
+    return torch.jit.load(path)
+
+
+def _pt2(model: nn.Module, path: Path, size: Size, dynamic_size: bool) -> Run:
+    torch.export.save(_program(model, size, dynamic_size), path)
+    loaded: Any = torch.export.load(path).module(check_guards=not dynamic_size)
+    return loaded
+
+
+_WRITERS: dict[str, Callable[[nn.Module, Path, Size, bool], Run]] = {
+    "onnx": _onnx,
+    "torchscript": _torchscript,
+    "pt2": _pt2,
+}
