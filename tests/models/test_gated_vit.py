@@ -96,3 +96,14 @@ def test_wrong_arguments_are_explained() -> None:
         timm.create_model("clipped_vit_s16", clip=(0.1, 1.0))
     with pytest.raises(ValueError, match="gate_init must be between 0 and 1"):
         timm.create_model("gated_vit_s16", gate_init=0.0)
+
+
+def test_training_starts_only_below_an_alpha_of_one() -> None:
+    def reached(alpha: float) -> bool:
+        torch.manual_seed(0)
+        model = timm.create_model("clipped_vit_s16", alpha=alpha, dim=32, num_heads=2, depth=2, num_classes=7)
+        model(torch.randn(2, 3, 224, 224)).square().sum().backward()
+        return bool(model.stages[0].attn.qkv.weight.grad.any()) and bool(model.stem.proj.weight.grad.any())
+
+    assert reached(0.6)
+    assert not reached(2.0)

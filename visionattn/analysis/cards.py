@@ -9,10 +9,11 @@ from typing import Any
 
 import yaml
 
-from visionattn.analysis import dense_flops, flops
+from visionattn.analysis import dense_flops, flops, quantization_study
 
 SIZES, DETECTORS = "benchmarks/flops.json", "benchmarks/flops_dense.json"
 PARITY = "benchmarks/parity.json"
+QUANTIZATION = "benchmarks/quantization_cpu.json"
 MODEL_SPEED = ("benchmarks/models_cpu.json", "benchmarks/models_gpu.json")
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.S)
 
@@ -192,6 +193,21 @@ class Tables:
         yield ""
         yield "Measured: errors over the largest recorded value, in fp32, from the official keys, by"
         yield f"`python -m tests.golden` ({machine['device']}, torch {machine['torch']}, {machine['date']})."
+
+    def _quantization(self, front: dict[str, Any]) -> Iterator[str]:
+        data = json.loads((self.root / QUANTIZATION).read_text())
+        rows, recipe, machine = data["rows"], data["recipe"], data["machine"]
+        yield from quantization_study.table(rows)
+        yield ""
+        where = (
+            f"{machine['device']}, torch {machine['torch']}, ONNX Runtime {machine['onnxruntime']}, {machine['date']}"
+        )
+        trained = f"{rows[0]['epochs']} of {recipe['epochs']} epochs of {data['training_images']} images, one seed"
+        ranges = f"ranges of activations from {rows[0]['calibration_images']}"
+        yield f"Measured: `{QUANTIZATION}`, by `python tools/quantize_study.py`"
+        yield f"({where})."
+        yield f"Trained on CIFAR-10 by `configs/quantization`: {trained}."
+        yield f"Accuracy on {rows[0]['images']} images, {ranges}."
 
     def _speed(self, front: dict[str, Any]) -> Iterator[str]:
         names = {v["model"] for v in front["variants"]}

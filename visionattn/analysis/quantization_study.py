@@ -100,12 +100,14 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def write(path: Path, rows: Sequence[Mapping[str, Any]], checkpoint: Path) -> None:
-    """Write the rows with the machine, and the recipe that training left beside one of the checkpoints."""
+    """Write the rows with the machine, the recipe and the images that training left word of beside a checkpoint."""
     import yaml
 
     beside = checkpoint.parent / "args.yaml"
     recipe = yaml.safe_load(beside.read_text()) if beside.is_file() else {}
+    folder = Path(recipe.get("data_dir") or "", recipe.get("train_split", "train"))
     record = {
+        "training_images": sum(1 for path in folder.rglob("*") if path.is_file()) if recipe else None,
         "machine": {**machine("cpu"), "onnxruntime": version("onnxruntime")},
         "recipe": {key: value for key, value in recipe.items() if key not in BESIDE},
         "rows": list(rows),

@@ -137,7 +137,11 @@ def gated_vit_s16(pretrained: bool = False, **kwargs: Any) -> GatedViT:
 
 @register_model
 def clipped_vit_s16(pretrained: bool = False, **kwargs: Any) -> GatedViT:
-    """ViT-S/16 with clipped softmax: ``clip=(gamma, zeta)``, or ``alpha``, which is 2 if neither is given."""
+    """ViT-S/16 with clipped softmax: ``clip=(gamma, zeta)``, or ``alpha``, which is 2 if neither is given.
+
+    To train from random weights, give an ``alpha`` below 1: attention is even at the start, and from 1 on all of it is
+    clipped to zero, where no gradient comes from.
+    """
     if kwargs.get("clip") is None and kwargs.get("alpha") is None:
         kwargs["alpha"] = 2.0
     return create(GatedViT, ARCHS, "clipped_vit_s16", pretrained, **kwargs)
