@@ -38,6 +38,7 @@ def close(run, model: nn.Module, *shape: int) -> None:
     torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_onnx_with_an_open_size_runs_where_the_model_was_not_traced(tmp_path) -> None:
     model, path = vit(gate="mlp"), tmp_path / "new" / "model.onnx"
@@ -60,6 +61,7 @@ def test_pt2_with_an_open_size_says_from_which_size_on(tmp_path) -> None:
     close(run, model, 4, 3, 160, 96)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_neighbourhoods_larger_than_the_map_export_with_an_open_size() -> None:
     model = tiny("nat", dims=(16,), depths=(1,), kernel_size=19)  # maps of 64 pixels are 16 tokens a side
@@ -76,10 +78,9 @@ def test_torchscript_takes_other_batches(tmp_path) -> None:
     assert result.largest_error <= exporting.TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["shvit_s1", "convit_tiny"])
 @torch.no_grad()
-def test_timms_models_export_fused(name: str, tmp_path) -> None:
-    model = visionattn.fuse(timm.create_model(name, num_classes=7)).eval()
+def test_timms_models_export_fused(tmp_path) -> None:
+    model = visionattn.fuse(timm.create_model("convit_tiny", num_classes=7)).eval()
     result = export(model, tmp_path / "model.pt", format="torchscript", size=(64, 64))
     close(torch.jit.load(result.path), model, 2, 3, 64, 64)
 
@@ -133,7 +134,7 @@ def test_a_folder_is_what_timm_makes_an_equal_model_of(tmp_path) -> None:
     config = json.loads((folder / "config.json").read_text())
     assert config["architecture"] == "agent_pvt_t"
     assert config["label_names"] == names
-    assert timm.data.resolve_model_data_config(loaded)["mean"] == (0.1, 0.2, 0.3)
+    assert list(timm.data.resolve_model_data_config(loaded)["mean"]) == [0.1, 0.2, 0.3]
     readme = (folder / "README.md").read_text()
     for part in ("library_name: timm", "license: ", "https://arxiv.org/abs/2312.08874", "import timm, visionattn"):
         assert part in readme

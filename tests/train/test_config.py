@@ -102,7 +102,8 @@ def test_help_names_every_argument(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_recipe_is_a_configuration(path: Path) -> None:
     values = read_yaml(path)
     cfg = build_config(TrainConfig, values, source=str(path))
-    assert path.stem in ("_base", cfg.model, f"{cfg.model}_{cfg.img_size}")
+    if path.parent.name != "quantization":  # one model there, with attentions after which the files are named
+        assert path.stem in ("_base", cfg.model, f"{cfg.model}_{cfg.img_size}")
 
 
 @pytest.mark.parametrize(
