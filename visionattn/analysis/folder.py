@@ -14,10 +14,10 @@ from typing import Any
 import timm
 import torch
 from timm.models import save_for_hf
-from timm.models._hub import generate_readme
 from torch import Tensor, nn
 
 from visionattn.fuse import fuse, fuse_report
+from visionattn.models._backbone import generate_readme
 from visionattn.models._checkpoint import OfficialWeights, read_checkpoint, unwrap
 from visionattn.models._timm import from_official
 

@@ -11,6 +11,9 @@ import torch
 from timm.layers import ClassifierHead
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
+from timm.models._hub import generate_readme as generate_readme
+from timm.models._input import update_model_args as update_model_args
+from timm.models._input import update_model_input_size as update_model_input_size
 from torch import Tensor, nn
 
 from visionattn.models._checkpoint import OfficialWeights

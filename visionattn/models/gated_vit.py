@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 import torch
 from timm.models import generate_default_cfgs, register_model
-from timm.models._input import update_model_args
 from torch import nn
 
 from visionattn.layers.attention.gated import Gate, GatedAttention
+from visionattn.models._backbone import update_model_args
 from visionattn.models._checkpoint import StateDict, fuse_qkv
 from visionattn.models._create import cfg, create
 from visionattn.models._hosts.deit import PlainViT

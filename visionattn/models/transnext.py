@@ -11,13 +11,12 @@ from typing import Any, Literal
 
 from timm.layers import DropPath, LayerNorm, calculate_drop_path_rates, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
-from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from visionattn.layers.attention.aggregated import AggregatedAttention, FullCosineAttention
 from visionattn.layers.channels_last import ConvNHWC, ToNHWC
 from visionattn.layers.conv_glu import ConvGLU
-from visionattn.models._backbone import Backbone, Stage
+from visionattn.models._backbone import Backbone, Stage, update_model_input_size
 from visionattn.models._create import cfg, create
 from visionattn.models._hosts._block import pair
 from visionattn.ops import Impl

@@ -4,11 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from timm.layers import DropPath, LayerNorm, Mlp, calculate_drop_path_rates, trunc_normal_
-from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from visionattn.layers.sized import SizedTables, fit_tables
-from visionattn.models._backbone import Backbone
+from visionattn.models._backbone import Backbone, update_model_input_size
 from visionattn.models._checkpoint import StateDict
 
 Size = tuple[int, int]

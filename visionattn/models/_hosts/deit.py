@@ -17,11 +17,10 @@ from timm.layers import (
     resample_abs_pos_embed,
     trunc_normal_,
 )
-from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from visionattn.layers.sized import SizedTables
-from visionattn.models._backbone import Backbone
+from visionattn.models._backbone import Backbone, update_model_input_size
 from visionattn.models._checkpoint import StateDict
 from visionattn.models._hosts._block import Size, init_linear, pair
 
