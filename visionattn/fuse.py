@@ -19,7 +19,6 @@ from timm.models.shvit import SHSA
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visionattn.layers.windows import by_windows
 from visionattn.models._davit import (
     FusedChannelAttention,
     FusedChannelAttentionV2,
@@ -222,13 +221,8 @@ class FusedPartitionAttention(PartitionAttentionCl):
         height, width = self.partition_size
         if H % height or W % width:  # behind the norm: padded tokens are keys and values of the bias
             y = F.pad(y, (0, 0, 0, -W % width, 0, -H % height))
-        y = by_windows(self._mix, y, (height, width), grid=not self.partition_block)[:, :H, :W]
-        x = x + self.drop_path1(self.ls1(y))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-
-    def _mix(self, x: Tensor, grid: bool) -> Tensor:
         attn = self.attn
-        qkv = attn.qkv(x)
+        qkv = attn.qkv(y)
         if attn.head_first:
             q, k, v = qkv.unflatten(-1, (attn.num_heads, -1)).permute(0, 3, 1, 2, 4).chunk(3, dim=-1)
         else:
@@ -237,8 +231,12 @@ class FusedPartitionAttention(PartitionAttentionCl):
         if attn.rel_pos is not None:
             bias = attn.rel_pos.get_bias()
             bias = bias[0] if bias.ndim == 4 else bias  # (h, n, n)
-        y = window_attention(q, k, v, window=tuple(self.partition_size), bias=bias, grid=grid, scale=attn.scale)
-        return attn.proj_drop(attn.proj(y.permute(0, 2, 3, 1, 4).flatten(3)))
+        y = window_attention(
+            q, k, v, window=(height, width), bias=bias, grid=not self.partition_block, scale=attn.scale
+        )
+        y = attn.proj_drop(attn.proj(y.permute(0, 2, 3, 1, 4).flatten(3)[:, :H, :W]))
+        x = x + self.drop_path1(self.ls1(y))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
 class FusedSHSA(SHSA):

@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visionattn.layers.inference import add_in_place, overwritable
-from visionattn.layers.windows import by_windows
-from visionattn.ops import channel_attention, window_attention
+from visionattn.ops import channel_attention, get_impl, window_attention
 from visionattn.ops._autocast import autocast_dtype
 
 
@@ -88,13 +87,17 @@ class FusedSpatialBlock(SpatialBlock):
         height, width = self.window_size
         if H % height or W % width:  # behind the norm: padded tokens are keys and values of the bias
             y = F.pad(y, (0, 0, 0, -W % width, 0, -H % height))
-        return by_windows(self._mix, y, self.window_size)[:, :H, :W]
+        if y.device.type != "cpu" or get_impl() != "auto":  # kernels read windows where they lie
+            return self._mix(y)[:, :H, :W]
+        # Copies are made of the tokens here, not of the three tensors that are made of them.
+        y = y.unflatten(2, (-1, width)).unflatten(1, (-1, height)).transpose(2, 3)  # (B, rows, columns, h, w, C)
+        return self._mix(y.flatten(0, 2)).view(y.shape).transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :H, :W]
 
-    def _mix(self, x: Tensor, grid: bool) -> Tensor:
+    def _mix(self, x: Tensor) -> Tensor:
         attn = self.attn
         qkv = attn.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, H, W, 3, heads, d)
         q, k, v = qkv.permute(3, 0, 4, 1, 2, 5)
-        y = window_attention(q, k, v, window=self.window_size, grid=grid, scale=attn.scale)
+        y = window_attention(q, k, v, window=self.window_size, scale=attn.scale)
         return attn.proj(y.permute(0, 2, 3, 1, 4).flatten(3))
 
 

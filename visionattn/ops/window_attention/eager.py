@@ -57,9 +57,9 @@ def _split(x: Tensor, zones: list[Zone], dim: int) -> tuple[Tensor, ...]:
 def _attend(q: Tensor, k: Tensor, v: Tensor, window: Size, bias: Tensor | None, grid: bool, scale: float) -> Tensor:
     B, h, H, W, _ = q.shape
     wh, ww = window
-    if window == (H, W):  # nothing is cut, so nothing need be copied
+    if window == (H, W) and bias is None:  # nothing is cut: fused attention, which without a bias needs no copies
         q, k, v = (x.flatten(2, 3) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale).unflatten(2, window)
+        return F.scaled_dot_product_attention(q, k, v, scale=scale).unflatten(2, window)
     count, n = (H // wh) * (W // ww), wh * ww
     # Split an axis into (count, window) or, in a grid, (window, count), and bring the counts to the front.
     split = ((wh, H // wh), (ww, W // ww)) if grid else ((H // wh, wh), (W // ww, ww))
