@@ -31,12 +31,13 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}  # bytes a block
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FP16_TARGETS = ("sm_90",)  # elsewhere only the names of its instructions would differ from those of bf16
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the compilers said of one kernel; registers are those of a thread, bytes those of a block."""
+    """What the compilers said of one kernel: registers and spills of a thread, bytes of shared memory of a block."""
 
     operator: str
     kernel: str
@@ -80,10 +81,16 @@ def reports(operator: str, targets: list[str]) -> Iterator[Report]:
     for target in targets:
         triton.runtime.driver.set_active(Offline(TARGETS[target]))
         for name, dtype in DTYPES.items():
+            if name == "fp16" and target not in FP16_TARGETS:
+                continue
+            told: list[Any] = []  # what is started twice is compiled once
             for case, start in module.launches(dtype):
                 with compile_only() as compiled:
                     start()
                 for kernel in compiled:
+                    if any(kernel.kernel is other for other in told):
+                        continue
+                    told.append(kernel.kernel)
                     registers, spills = _usage(kernel, target)
                     shared = kernel.kernel.metadata.shared
                     yield Report(
@@ -98,16 +105,23 @@ def _usage(compiled: Compiled, target: str) -> tuple[int, int]:
         text = asm["amdgcn"]
         return _number(r"\.vgpr_count:\s+(\d+)", text), _number(r"\.vgpr_spill_count:\s+(\d+)", text)
     knobs = triton.knobs.nvidia
-    ptxas = knobs.ptxas_blackwell if int(target.removeprefix("sm_")) >= 100 else knobs.ptxas
-    ptx = asm["ptx"]
-    arch = re.search(r"\.target\s+(\w+)", ptx)
-    assert arch is not None
     with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder) / "kernel.cubin"
+        binary.write_bytes(asm["cubin"])
+        text = _output(knobs.cuobjdump.path, "-res-usage", str(binary)).stdout
+        if not _number(r"\bSTACK:(\d+)", text):  # nowhere to spill to
+            return _number(r"\bREG:(\d+)", text), 0
+        ptxas = knobs.ptxas_blackwell if int(target.removeprefix("sm_")) >= 100 else knobs.ptxas
+        arch = re.search(r"\.target\s+(\w+)", asm["ptx"])
+        assert arch is not None
         source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        command = [ptxas.path, "-v", f"--gpu-name={arch[1]}", str(source), "-o", str(source.with_suffix(".cubin"))]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return _number(r"Used (\d+) registers", done.stderr), _number(r"(\d+) bytes spill stores", done.stderr)
+        source.write_text(asm["ptx"])
+        text = _output(ptxas.path, "-v", f"--gpu-name={arch[1]}", str(source), "-o", str(binary)).stderr
+    return _number(r"Used (\d+) registers", text), _number(r"(\d+) bytes spill stores", text)
+
+
+def _output(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=True)
 
 
 def _number(pattern: str, text: str) -> int:

@@ -54,7 +54,9 @@ def test_is_right(shape: tuple[int, ...], window: tuple[int, int], options: dict
 
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[list[Tensor], tuple[int, int], dict]:
-    window, counts = (draw(st.tuples(st.integers(1, most), st.integers(1, most))) for most in (10, 3))
+    # Windows of 49 tokens take several blocks; three a side are a middle and both borders.
+    window = draw(st.tuples(st.integers(1, 7), st.integers(1, 7)))
+    counts = draw(st.sampled_from([(1, 1), (1, 3), (3, 1), (2, 2)]))
     heads, d, dv = draw(st.integers(1, 2)), draw(st.integers(1, 40)), draw(st.integers(1, 40))
     options: dict = {"grid": draw(st.booleans())}
     if not options["grid"]:
