@@ -61,7 +61,7 @@ def forward(
             lambda b: B * h * parts,
             *(q, *rope, sums, out[..., column:], *q.stride()[:3], *out.stride()[:3]),
             *(h, N, M, parts, chunk, dv, column, scale / M, eps),
-            configs=_configs(q.dtype, d),
+            configs=_configs(q.dtype, d, wide=d > 64),
             **constants,
         )
     return out, sums
@@ -111,7 +111,7 @@ def backward(
             *(k, values, *rope, sums, dsums, dk[i], dvalues[..., column:]),
             *(*k.stride()[:3], *v.stride()[:3], *dk[i].stride()[:3], *dvalues.stride()[:3]),
             *(h, M, parts, chunk, dv, column, scale / M),
-            configs=_configs(q.dtype, d),
+            configs=_configs(q.dtype, d, wide=d > 64),
             **constants,
         )
     return dq.total(), dk.total(), dvalues
@@ -166,10 +166,11 @@ def _total(partial: Tensor) -> Tensor:
 
 
 def _configs(dtype: torch.dtype, d: int, *, wide: bool = False) -> list[Config]:
-    """Blocks that none of sm_80, sm_90, sm_100 and gfx942 spills registers at; ``wide`` is for the backward pass over
-    queries, whose products share a layout that repeats rows over the warps. Hopper's matrix units start at 64 rows."""
+    """Blocks that none of sm_80, sm_90, sm_100 and gfx942 spills registers at, but for fp32's gradients of more than 64
+    channels; ``wide`` is for the backward pass over queries, whose products share a layout that repeats rows over the
+    warps, and for wide heads. Hopper's matrix units start at 64 rows."""
     if dtype == torch.float32:
-        return [Config({"BLOCK_N": 16}, warps=4, stages=1)]
+        return [Config({"BLOCK_N": 16}, warps=8 if wide and d > 64 else 4, stages=1)]
     if wide and d > 32:
         return [Config({"BLOCK_N": 16}, warps=8, stages=1), Config({"BLOCK_N": 64}, warps=4, stages=1)]
     return [Config({"BLOCK_N": 32}, warps=4), Config({"BLOCK_N": 64}, warps=4)]

@@ -111,6 +111,7 @@ def backward(
         items = B * (H * W // n)
         configs = _configs(q.dtype, max(d, dv), n, own="BLOCK_N", other="BLOCK_S", tight=True)[:1]
         tiles = triton.cdiv(n, configs[0].blocks["BLOCK_N"]) * triton.cdiv(n, configs[0].blocks["BLOCK_S"])
+        warps = 8 if max(d, dv) > 64 else configs[0].warps  # at four, wide heads spill registers
         per_split = max(1, items * h * tiles // PROGRAMS)
         splits = triton.cdiv(items, per_split)
         sums = _partial_sums(bias, splits)
@@ -119,7 +120,7 @@ def backward(
             lambda b: h * splits * tiles,
             *(q, k, v, bias, dout, stats, deltas, sums, *_strides(q, k, v, dout), *place, scale * LOG2E),
             *(items, per_split),
-            configs=[Config({**configs[0].blocks, "PACK": 1}, configs[0].warps, configs[0].stages)],
+            configs=[Config({**configs[0].blocks, "PACK": 1}, warps, configs[0].stages)],
             **widths,
         )
     return dq, dk, dvalues, _added(sums, q)
