@@ -70,6 +70,19 @@ def test_neighbourhoods_larger_than_the_map_export_with_an_open_size() -> None:
         close(program, model, 1, 3, *size)
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_logits_scaled_by_the_number_of_tokens_export_with_an_open_size() -> None:
+    arch = {"dims": (16,), "depths": (1,), "mlp_ratios": (2,), "sr_ratios": (1,), "head_dim": 8}
+    model = tiny("transnext", **arch)
+    attn = model.stages[0].blocks[0].attn
+    for layer in (attn.qkv, attn.proj):  # what attention adds is small at the start
+        layer.weight *= 20
+    program = exporting._program(model, (64, 64), True).module(check_guards=False)
+    for size in ((64, 64), (128, 96)):
+        close(program, model, 1, 3, *size)
+
+
 @torch.no_grad()
 def test_torchscript_takes_other_batches(tmp_path) -> None:
     model = tiny("biformer", depths=(1, 1, 1, 1))

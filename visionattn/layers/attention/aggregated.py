@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from visionattn.layers.channels_last import ConvNHWC
 from visionattn.layers.log_position_bias import LogPositionBias, Size
 from visionattn.ops import Impl, aggregated_attention
-from visionattn.ops._dispatch import exporting
+from visionattn.ops._dispatch import exporting, open_size
 
 
 class _CosineAttention(nn.Module):
@@ -144,7 +144,8 @@ class FullCosineAttention(_CosineAttention):
     def forward(self, x: Tensor) -> Tensor:
         B, H, W, C = x.shape
         q, k, v = self.qkv(x).view(B, H * W, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # 3 x (B, h, N, d)
-        q, k = self.scaled(F.normalize(q, dim=-1), math.log(H * W)), F.normalize(k, dim=-1)
+        length_scale = x.new_full((), H * W).log() if open_size(H, W) else math.log(H * W)
+        q, k = self.scaled(F.normalize(q, dim=-1), length_scale), F.normalize(k, dim=-1)
         bias = self.cpb((H, W), (H, W)).contiguous()
         q, k, bias = (y.to(v.dtype) for y in (q, k, bias[None]))
         if exporting():  # the layout of the fused result with a bias is not the one that exporters decompose it to
