@@ -12,7 +12,10 @@ from visionattn.ops._autocast import autocast_dtype
 
 
 class FusedConvPosEnc(ConvPosEnc):
-    """DaViT's position encoding, ``x + conv(x)``, as one convolution: its kernel's centre is raised by one."""
+    """DaViT's position encoding, ``x + conv(x)``, as one convolution: its kernel's centre is raised by one.
+
+    Compilers get the sum, which they fuse with the norm behind it.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """Add to the map ``(B, C, H, W)`` a depthwise convolution of it."""
@@ -20,7 +23,7 @@ class FusedConvPosEnc(ConvPosEnc):
         plain = type(conv) is nn.Conv2d and not (conv._forward_hooks or conv._forward_pre_hooks)
         # In half precision a small weight would drown in the one.
         exact = x.element_size() >= 4 and autocast_dtype(x) is None
-        if not (plain and exact and isinstance(self.act, nn.Identity)):
+        if torch.compiler.is_compiling() or not (plain and exact and isinstance(self.act, nn.Identity)):
             return super().forward(x)
         centre = [side // 2 for side in conv.kernel_size for _ in range(2)]
         weight = conv.weight + F.pad(conv.weight.new_ones(1, 1, 1, 1), centre)
