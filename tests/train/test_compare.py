@@ -31,6 +31,7 @@ def test_the_recipes_of_this_repository_are_on_equal_terms() -> None:
     """One for every family, which differ in the model alone; sizes follow what is asked for."""
     found = _recipes(CompareConfig(configs=str(CIFAR)), {"img_size": 32, "epochs": 2, "warmup_epochs": 0})
     families = {"agent", "biformer", "dinat", "gated", "infvit", "inline", "litv2", "mala", "nat", "transnext"}
+    families |= {"convit", "davit", "maxvit", "shvit"}
     assert {name.partition("_")[0] for name, _ in found} == families
     for _, recipe in found:
         assert (recipe.img_size, recipe.epochs) == (32, 2)

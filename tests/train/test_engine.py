@@ -21,6 +21,7 @@ from visionattn.train import (
     TrainConfig,
     ValidateConfig,
     build_config,
+    load_model,
     train,
     validate,
 )
@@ -98,6 +99,19 @@ def test_a_resumed_run_is_the_same_to_the_bit(tiny: Tiny, monkeypatch: pytest.Mo
         assert losses(rest.history) == losses(whole.history)
         for name in ("last", "last_ema", "model_best"):
             assert same(weights(rest.folder, name), weights(whole.folder, name))
+
+
+def test_timms_models_train_fused(tiny: Tiny) -> None:
+    """The losses are those of timm's own operators, and the weights fit timm's class."""
+    kwargs = {"embed_dim": [16, 32, 48], "partial_dim": [8, 16, 16], "depth": [1, 1, 1]}
+    common: dict[str, Any] = {"model": "shvit_s1", "model_kwargs": kwargs, "img_size": 64}
+    plain, fused = (train(tiny(**common, fuse=on, experiment=str(on))) for on in (False, True))
+    for mine, theirs in zip(fused.history, plain.history, strict=True):
+        assert mine["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
+    assert weights(fused.folder).keys() == weights(plain.folder).keys()
+    assert load_model(fused.folder / "last.safetensors")[1].model == "shvit_s1"
+    with pytest.raises(ConfigError, match="test_resnet is none of them"):
+        train(tiny(fuse=True, experiment="none"))
 
 
 def test_two_epochs_and_two_more_are_four(tiny: Tiny, tmp_path: Path) -> None:

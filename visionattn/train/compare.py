@@ -29,7 +29,7 @@ from visionattn.train.errors import ConfigError, DataError, TrainError, require
 from visionattn.train.files import write_atomically
 from visionattn.train.report import device_name, versions
 
-_OF_A_MODEL = {"model", "model_kwargs"}  # what may differ between the recipes
+_OF_A_MODEL = {"model", "model_kwargs", "fuse"}  # what may differ between the recipes
 _TRAIN = "import sys; from visionattn.train.compare import run_one; sys.exit(run_one(sys.argv[1]))"
 
 
@@ -128,7 +128,7 @@ def _recipes(cfg: CompareConfig, overrides: dict[str, Any]) -> list[tuple[str, T
         if odd:
             raise ConfigError(
                 f"not on equal terms: {name} and {found[0][0]} differ in {', '.join(odd)}; recipes to compare may "
-                "differ in model and model_kwargs alone"
+                "differ in model, model_kwargs and fuse alone"
             )
     return found
 

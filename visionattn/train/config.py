@@ -46,6 +46,7 @@ class TrainConfig:
     keep_classifier: bool = _arg(False, "with initial_checkpoint: load all but the classifier, for other classes")
     drop: float | None = _arg(None, "dropout before the classifier")
     drop_path: float | None = _arg(None, "stochastic depth rate of the last block")
+    fuse: bool = _arg(False, "run timm's MaxViT, DaViT, ConViT or SHViT on the operators here")
     grad_checkpointing: bool = _arg(False, "recompute activations in the backward pass: less memory, more time")
     channels_last: bool = _arg(False, "channels-last memory layout")
     torchcompile: str | None = _arg(None, "compile the model with this back-end (bare flag: inductor)", bare="inductor")

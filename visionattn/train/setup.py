@@ -15,6 +15,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import IterableDataset
 
+from visionattn import fuse, fuse_report
 from visionattn.train import sharding, zero
 from visionattn.train.build import (
     build_loss,
@@ -202,6 +203,8 @@ def _model(cfg: TrainConfig) -> nn.Module:
     )
     if cfg.initial_checkpoint is not None:
         load_weights(model, cfg.initial_checkpoint, keep_classifier=cfg.keep_classifier)
+    if cfg.fuse and not fuse_report(fuse(model)).replaced:
+        raise ConfigError(f"fuse is for timm's MaxViT, DaViT, ConViT and SHViT, and {cfg.model} is none of them")
     if cfg.grad_checkpointing:
         model.set_grad_checkpointing(True)
     if cfg.teacher_model is not None and hasattr(model, "set_distilled_training"):
