@@ -19,7 +19,7 @@ from visionattn.ops._tiles import tiles
 
 CHUNK_BYTES = {"cpu": 2**23}  # of weights in a chunk: within a last-level cache, and few enough chunks
 CHUNK_BYTES_ELSEWHERE = 2**28
-WRITTEN_OUT_BYTES = 2**22  # of windows: below, the cost is that of the steps and not of the memory
+STRIDED_BYTES = 2**19  # of columns that are copied at once
 
 
 def why_not(
@@ -123,20 +123,8 @@ class _Window:
             shifts = [padded[group, :, tokens.start + o : tokens.stop + o] for o in self.offsets]
             yield (group, slice(None), tokens), x[group, :, tokens], shifts
 
-    def at_once(self, x: Tensor) -> bool:
-        """Whether all windows of planes ``(B, h, d, N)`` are small enough to be written out: fewer, larger steps."""
-        return self.cells * x.numel() * x.element_size() <= WRITTEN_OUT_BYTES
-
-    def windows(self, padded: Tensor) -> Tensor:
-        """The neighbours of all tokens, a view ``(B, h, side, side, d, N)``."""
-        batch, head, channel, _ = padded.stride()
-        size = (self.B, self.h, self.side, self.side, padded.shape[2], self.N)
-        return padded.as_strided(size, (batch, head, self.W, 1, channel, 1))
-
     def products(self, x: Tensor, padded: Tensor) -> Tensor:
         """Dot products with the neighbours: ``(B, h, cells, N)``."""
-        if self.at_once(x):
-            return (x[:, :, None, None] * self.windows(padded)).sum(dim=4).flatten(2, 3)
         out = x.new_empty(self.B, self.h, self.cells, self.N)
         for at, own, shifts in self.parts(x, padded):
             scratch = torch.empty_like(own)
@@ -147,10 +135,6 @@ class _Window:
 
     def gather(self, out: Tensor, weights: Tensor, padded: Tensor) -> None:
         """Add the neighbours, weighted by ``(B, h, cells, N)``, to ``out``."""
-        if self.at_once(out):
-            weighted = weights.unflatten(2, (self.side, self.side))[..., None, :] * self.windows(padded)
-            out += weighted.sum(dim=(2, 3))
-            return
         for at, own, shifts in self.parts(out, padded):
             for weight, neighbours in zip(weights.flatten(0, 1)[at].unbind(1), shifts, strict=True):
                 own.addcmul_(weight[:, None], neighbours)
@@ -215,7 +199,7 @@ class _Softmax:
 def _copy_columns(source: Tensor, target: Tensor) -> None:
     """Copy the first columns of rows ``(G, n, columns)``, as many as the narrower of the two has."""
     count = min(source.shape[2], target.shape[2])
-    if source[..., 0].numel() * count * source.element_size() <= WRITTEN_OUT_BYTES // 8:
+    if source[..., 0].numel() * count * source.element_size() <= STRIDED_BYTES:
         target[..., :count] = source[..., :count]
         return
     for i in range(count):  # one strided run after the other is faster where they are long
