@@ -15,15 +15,21 @@ setup: $(VENV)/.installed  ## make .venv with the library, its extras and the to
 # onedl-mmcv comes as source and is compiled against the torch that is installed: without build isolation, in which it
 # would silently leave its operators out, and with few optimisations, which halves the time (the operators that the
 # tests run are none of the slow ones).
-$(VENV)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) setuptools wheel ninja psutil
-	$(PIP) torch torchvision numpy opencv-python
+$(VENV)/.installed: $(VENV)/.demo
+	$(PIP) ninja psutil opencv-python
 	MAX_JOBS=2 CFLAGS="-O1 -g0" $(PIP) --no-build-isolation onedl-mmcv
 	$(PIP) --no-build-isolation -e ".[$(EXTRAS)]"
 	@touch $@
 
-demo: setup  ## train BiFormer on scikit-learn's digits, validate it, show what it looks at (under 5 minutes, no download)
+# What the demo needs: a part of what setup makes, without what is compiled.
+$(VENV)/.demo: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) setuptools wheel
+	$(PIP) torch torchvision numpy
+	$(PIP) --no-build-isolation -e ".[train]"
+	@touch $@
+
+demo: $(VENV)/.demo  ## train BiFormer on scikit-learn's digits, validate it, show what it looks at (minutes, no download)
 	$(BIN)/python tools/train.py configs/digits/biformer_t.yaml --output output --experiment demo --overwrite
 	$(BIN)/python tools/validate.py --checkpoint output/demo/model_best.safetensors
 	$(BIN)/python tools/visualize.py --checkpoint output/demo/model_best.safetensors --out output/demo/see --overwrite

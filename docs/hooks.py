@@ -15,7 +15,9 @@ ROOT = Path(__file__).parents[1]
 ELSEWHERE = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 ELSEWHERE |= {f"model_cards/{path.name}": f"models/{path.name}" for path in sorted((ROOT / "model_cards").glob("*.md"))}
 ELSEWHERE |= {
-    f"benchmarks/plots/{path.name}": f"plots/{path.name}" for path in (ROOT / "benchmarks/plots").glob("*.svg")
+    str(path.relative_to(ROOT)): f"plots/{path.name}"
+    for folder, kind in (("benchmarks/plots", "*.svg"), ("benchmarks", "*.png"))
+    for path in (ROOT / folder).glob(kind)
 }
 LINK = re.compile(r"\[([^\]\n]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 

@@ -11,6 +11,7 @@ from visionattn.analysis.cards import TABLE
 
 OPERATORS = "benchmarks/ops_cpu.json"
 MODELS = "benchmarks/models_cpu.json"
+COMPARISONS = "cifar10*.json"
 GPUS = ("benchmarks/h100.json", "benchmarks/h200.json")
 
 Row = dict[str, Any]
@@ -18,7 +19,9 @@ Row = dict[str, Any]
 
 def render(root: Path, text: str) -> str:
     """Return a text with the tables between its ``<!-- table: name -->`` and ``<!-- end -->`` made anew."""
-    tables = {"operators": operators, "models": models, "resolution": resolution, "train": train}
+    tables = {
+        "operators": operators, "models": models, "resolution": resolution, "train": train, "families": families,
+    }  # fmt: skip
 
     def table(match: re.Match[str]) -> str:
         return match[1] + "\n".join(tables[match[2]](root)) + "\n" + match[3]
@@ -114,6 +117,20 @@ def train(root: Path) -> Iterator[str]:
     yield ""
     yield "Forward pass, backward pass and AdamW in fp32; memory beyond the weights, when AdamW makes its state."
     yield f"{where(data)}. Rows: `{plots.TRAINING}`, by `python tools/benchmark.py train`."
+
+
+def families(root: Path) -> Iterator[str]:
+    """The families trained side by side, as `tools/compare.py` wrote it beside its results."""
+    for path in sorted((root / "benchmarks").glob(COMPARISONS)):
+        data = json.loads(path.read_text())
+        m, date = data["machine"], max(row["date"] for row in data["rows"])
+        yield from path.with_suffix(".md").read_text().splitlines()
+        yield ""
+        seeds = ", ".join(map(str, sorted({row["seed"] for row in data["rows"]})))
+        yield f"{data['label']}. {m['device']}, torch {m['torch']}, {date}; ± is the standard deviation over the"
+        yield f"seeds, {seeds}. Rows and recipe: `{path.relative_to(root)}`, by `python tools/compare.py`."
+        yield ""
+        yield f"![Accuracy of the families against what they cost]({path.with_suffix('.png').relative_to(root)})"
 
 
 def _growth(row: Row | None) -> str:

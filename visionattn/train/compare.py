@@ -11,6 +11,7 @@ import os
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -259,6 +260,7 @@ def draw(rows: Sequence[Summary], path: Path, title: str) -> None:
     """
     require("matplotlib", "the plot of a comparison")
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
@@ -269,7 +271,12 @@ def draw(rows: Sequence[Summary], path: Path, title: str) -> None:
         )  # fmt: skip
         place = (row.images_per_second, row.top1)
         axes.annotate(row.name, place, xytext=(6, 4), textcoords="offset points", fontsize=8)
-    axes.set(xlabel="images a second in training", ylabel="top-1 on the validation set (%)", title=title, xscale="log")
+    axes.set(xlabel="images a second in training", ylabel="top-1 on the validation set (%)", xscale="log")
+    axes.set_title(textwrap.fill(title, 80), fontsize=10)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.margins(x=0.12)  # for the last name
     axes.grid(alpha=0.3)
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=150))
 
