@@ -27,13 +27,14 @@ from visionattn.models._davit import (
     FusedSpatialBlock,
 )
 from visionattn.ops import gated_positional_attention, get_impl, window_attention
-from visionattn.ops._crossovers import first_wins
+from visionattn.ops._crossovers import CROSSOVERS, first_wins
 from visionattn.ops._dispatch import exporting
 
 _logger = logging.getLogger(__name__)
 
 Size = tuple[int, int]
 PRODUCTS_WIN = "SHViT's attention: tokens; two products, fused attention of transposed tokens"
+_PRODUCTS_ON_CPU = CROSSOVERS[PRODUCTS_WIN, "cpu", None].upto
 
 
 @dataclass(frozen=True)
@@ -245,18 +246,18 @@ class FusedSHSA(SHSA):
     def forward(self, x: Tensor) -> Tensor:
         """Mix the first channels of the map ``(B, C, H, W)``."""
         B, _, H, W = x.shape
+        # Two products win on small maps; where an implementation is asked for, the fused operator is what runs. The
+        # first question is the second for what is most common: each costs as much as the softmax of a 7x7 map.
+        if x.is_cpu and isinstance(H, int) and H * W <= _PRODUCTS_ON_CPU and get_impl() == "auto":
+            return super().forward(x)
+        if exporting() or (get_impl() == "auto" and first_wins(PRODUCTS_WIN, H * W, x)):
+            return super().forward(x)
         attended, rest = x.split([self.pdim, self.dim - self.pdim], dim=1)
         # Split before transposing: the gradient that then reaches the batch norm is contiguous. On the CPU, torch 2.11
         # computes wrong gradients of its weight for a batch of one whose gradient has a transposed layout.
         qkv = self.qkv(self.pre_norm(attended)).split([self.qk_dim, self.qk_dim, self.pdim], dim=1)
-        q, k, v = (t.flatten(2) for t in qkv)  # 3 x (B, d, N)
-        # Two products are a shortcut: where an implementation is asked for, the fused operator is what runs.
-        if exporting() or (get_impl() == "auto" and first_wins(PRODUCTS_WIN, H * W, x)):
-            logits = torch.baddbmm(q.new_zeros(1, 1, 1), q.transpose(1, 2), k, beta=0, alpha=self.scale)  # (B, N, N)
-            y = v @ logits.softmax(dim=-1).transpose(1, 2)
-        else:
-            q, k, v = (t.transpose(1, 2)[:, None] for t in (q, k, v))  # 3 x (B, 1, N, d)
-            y = F.scaled_dot_product_attention(q, k, v, scale=self.scale)[:, 0].transpose(1, 2)
+        q, k, v = (t.flatten(2).transpose(1, 2)[:, None] for t in qkv)  # 3 x (B, 1, N, d)
+        y = F.scaled_dot_product_attention(q, k, v, scale=self.scale)[:, 0].transpose(1, 2)
         return self.proj(torch.cat([y.reshape(B, self.pdim, H, W), rest], dim=1))
 
 
