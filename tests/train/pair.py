@@ -27,8 +27,15 @@ from visionattn.train.signals import StopSignal
 
 STEPS = 20
 FAMILIES = (
-    "biformer", "dinat", "transnext", "agent_pvt", "infvit_pure", "gated_vit", "inline_swin", "mala", "litv2"
+    "biformer", "dinat", "transnext", "agent_pvt", "infvit_pure", "gated_vit", "inline_swin", "mala", "litv2",
+    "convit", "davit", "maxvit", "shvit",
 )  # fmt: skip
+HOSTED: dict[str, tuple[str, dict[str, Any]]] = {  # timm's, fused
+    "convit": ("convit_tiny", {"embed_dim": 8, "depth": 3, "local_up_to_layer": 2, "patch_size": 8, "img_size": 64}),
+    "davit": ("davit_tiny", {"embed_dims": [16, 32], "num_heads": [1, 2], "depths": [1, 1], "window_size": 4}),
+    "maxvit": ("maxvit_tiny_tf_224", {"embed_dim": [32, 64], "depths": [1, 1], "stem_width": 8, "img_size": 64}),
+    "shvit": ("shvit_s1", {"embed_dim": [16, 32, 48], "partial_dim": [8, 16, 16], "depth": [1, 1, 1]}),
+}
 SCALARS = ("infvit_pure",)  # families with parameters that have no dimensions, which DeepSpeed does not take
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
 ZERO = {"ACCELERATE_USE_FSDP": "false", "ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
@@ -39,9 +46,10 @@ if is_deepspeed_available():
 
 def recipe(family: str, folder: Path, experiment: str, **changes: Any) -> TrainConfig:
     """Twenty updates of eight digits, over all processes and without chance, on a family's small variant."""
-    name, arch = TINY[family]
+    name, arch = HOSTED.get(family) or TINY[family]
     values: dict[str, Any] = {
-        "model": name, "model_kwargs": arch, "dataset": "digits", "img_size": 64, "no_aug": True, "lr": 1e-3,
+        "model": name, "fuse": family in HOSTED, "model_kwargs": arch, "dataset": "digits", "img_size": 64,
+        "no_aug": True, "lr": 1e-3,
         "global_batch_size": 8, "epochs": 1, "warmup_epochs": 0, "sched": "none", "clip_grad": 1.0, "workers": 0,
         "output": str(folder), "experiment": experiment, "tensorboard": False, "progress": False, "overwrite": True,
     }  # fmt: skip
