@@ -36,7 +36,7 @@ def test_eager_is_right(heads, size, grid, topk, dim) -> None:
 
 
 def mask_wins_up_to(cover: float, monkeypatch) -> None:
-    monkeypatch.setitem(_crossovers.CROSSOVERS, (eager.MASK_WINS, "cpu"), _crossovers.Crossover(cover, "test"))
+    monkeypatch.setitem(_crossovers.CROSSOVERS, (eager.MASK_WINS, "cpu", None), _crossovers.Crossover(cover, "test"))
 
 
 @every_shape

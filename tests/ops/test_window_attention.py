@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -5,7 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from visionattn.ops import UnsupportedError, window_attention
+from visionattn.ops import UnsupportedError, _crossovers, window_attention
+from visionattn.ops.window_attention import eager
 from visionattn.testing import check_operator, randn
 
 # The map's shape, the window, options.
@@ -21,6 +24,13 @@ CASES = [
 ]
 
 
+@pytest.fixture(params=[0, math.inf], ids=["zones", "masked"])
+def shifting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shifted windows in the way of large maps, and in that of small ones."""
+    way = _crossovers.Crossover(request.param, "test")
+    monkeypatch.setitem(_crossovers.CROSSOVERS, (eager.MASK_WINS, "cpu", None), way)
+
+
 def inputs(shape: tuple[int, ...], window: tuple[int, int], dtype: torch.dtype = torch.float32) -> list[Tensor]:
     n = window[0] * window[1]
     return [*(randn(*shape, seed=i, dtype=dtype) for i in range(3)), randn(shape[1], n, n, seed=3, dtype=dtype)]
@@ -28,6 +38,7 @@ def inputs(shape: tuple[int, ...], window: tuple[int, int], dtype: torch.dtype =
 
 @pytest.mark.parametrize(("shape", "window", "options"), CASES, ids=str)
 @pytest.mark.parametrize("biased", [False, True], ids=["plain", "bias"])
+@pytest.mark.usefixtures("shifting")
 def test_eager_is_within_budget(shape: tuple[int, ...], window: tuple[int, int], options: dict, biased: bool) -> None:
     tensors = inputs(shape, window)[: 4 if biased else 3]
 
@@ -46,6 +57,7 @@ def test_eager_is_within_budget(shape: tuple[int, ...], window: tuple[int, int],
 
 @pytest.mark.parametrize("options", [{}, {"shift": 1}, {"grid": True}], ids=str)
 @pytest.mark.parametrize("impl", ["eager", "reference"])
+@pytest.mark.usefixtures("shifting")
 def test_gradcheck(impl: str, options: dict) -> None:
     tensors = [x.requires_grad_() for x in inputs((1, 2, 4, 4, 2), (2, 2), torch.float64)]
     assert torch.autograd.gradcheck(
@@ -61,6 +73,7 @@ def weights(q: Tensor, k: Tensor, **options: object) -> Tensor:
 
 
 @pytest.mark.parametrize("impl", ["eager", "reference"])
+@pytest.mark.usefixtures("shifting")
 def test_shifted_windows_hold_neighbours_alone(impl: str) -> None:
     q, k = (randn(1, 1, 8, 12, 4, seed=i) for i in range(2))
     w = weights(q, k, window=4, shift=(2, 1), impl=impl)[0, 0]

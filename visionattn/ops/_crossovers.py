@@ -30,6 +30,9 @@ CROSSOVERS: dict[tuple[str, str, str | None], Crossover] = {
         2500, "two cores of an Intel Xeon, torch 2.11, 2026-11-25: products won on every map up to 50 x 50"
     ),
     ("window_attention: tokens of a window; two products, fused attention", "cpu", None): Crossover(64, _TWO_CORES),
+    ("window_attention: elements of the queries, shifted; all windows masked, zones", "cpu", None): Crossover(
+        4e5, "two cores of an AMD EPYC, torch 2.11, 2026-11-29: masked won at 3e5, zones at 6e5"
+    ),
     ("routed_attention: regions for each routed one; mask, gather", "cpu", None): Crossover(4, _TWO_CORES),
 }
 
@@ -61,6 +64,8 @@ def ranked(op: str, known: Iterable[str], q: Tensor) -> list[str]:
         q: The queries.
     """
     order = list(known)
+    if not RANKS:
+        return order
     for row in RANKS.get((op, kind(q.device), _dtype(q) or ""), ()):
         if row.upto is None or q.numel() <= row.upto:
             places = [i for i, name in enumerate(order) if name in row.order]

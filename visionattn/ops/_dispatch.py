@@ -80,7 +80,7 @@ def set_autotune(on: bool) -> None:
 def exporting() -> bool:
     """Whether a tracer that knows PyTorch's operators alone is recording (torch.export, ONNX, torch.jit.trace)."""
     # The flag, not torch.compiler.is_exporting(): Dynamo folds that to True for torch.compile as well.
-    return torch.compiler._is_exporting_flag or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
+    return torch.compiler._is_exporting_flag or torch.jit.is_tracing()
 
 
 def open_size(*sizes: int) -> bool:

@@ -1,8 +1,11 @@
 """Fast plain PyTorch: one copy into windows and one out, and one attention over all windows at once.
 
-Shifted windows need neither roll nor mask here: what the mask leaves of a window at the border is a smaller window, so
-the map falls into zones of at most three window sizes along each axis, and each zone is attended on its own.
+Shifted windows need neither roll nor mask on large maps: what the mask leaves of a window at the border is a smaller
+window, so the map falls into zones of at most three window sizes along each axis, and each zone is attended on its own.
+On small maps a few calls cost more than a few bytes: there all windows are attended at once, rolled and masked.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -13,6 +16,7 @@ from visionattn.ops._crossovers import first_wins
 Size = tuple[int, int]
 Zone = tuple[int, int, int]
 
+MASK_WINS = "window_attention: elements of the queries, shifted; all windows masked, zones"
 PRODUCTS_WIN = "window_attention: tokens of a window; two products, fused attention"
 
 
@@ -29,6 +33,10 @@ def forward(
     """Attend in every window."""
     if shift == (0, 0):
         return _attend(q, k, v, window, bias, grid, scale)
+    if first_wins(MASK_WINS, q.numel(), q) and first_wins(PRODUCTS_WIN, window[0] * window[1], q):
+        mask = _mask((q.shape[2], q.shape[3]), window, shift, q)
+        q, k, v = (x.roll((-shift[0], -shift[1]), dims=(2, 3)) for x in (q, k, v))
+        return _attend(q, k, v, window, bias, grid, scale, mask).roll(shift, dims=(2, 3))
     row_zones, col_zones = (_zones(q.shape[2 + i], window[i], shift[i]) for i in range(2))
     rows = []
     for (_, top, wh), *row in zip(row_zones, *(_split(x, row_zones, dim=2) for x in (q, k, v)), strict=True):
@@ -54,10 +62,25 @@ def _split(x: Tensor, zones: list[Zone], dim: int) -> tuple[Tensor, ...]:
     return x.split([zone[0] for zone in zones], dim=dim)  # unlike slices, one concatenation in the backward pass
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, window: Size, bias: Tensor | None, grid: bool, scale: float) -> Tensor:
+def _mask(size: Size, window: Size, shift: Size, like: Tensor) -> Tensor:
+    """``-inf`` between the tokens of a rolled window that come from opposite sides of the map: ``(P, 1, n, n)``."""
+    axes = []
+    for s, w, by in zip(size, window, shift, strict=True):
+        axis = like.new_zeros(s // w, w, w)
+        if by:  # the last windows hold both sides
+            axis[-1, : w - by, w - by :] = axis[-1, w - by :, : w - by] = -math.inf
+        axes.append(axis)
+    rows, cols = axes
+    return (rows[:, None, :, None, :, None] + cols[:, None, :, None]).flatten(4).flatten(2, 3).flatten(0, 1)[:, None]
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, window: Size, bias: Tensor | None, grid: bool, scale: float,
+    mask: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     B, h, H, W, _ = q.shape
     wh, ww = window
-    if window == (H, W) and bias is None:  # nothing is cut: fused attention, which without a bias needs no copies
+    if window == (H, W) and bias is None and mask is None:  # nothing is cut: fused attention, which without a bias needs no copies
         q, k, v = (x.flatten(2, 3) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, scale=scale).unflatten(2, window)
     count, n = (H // wh) * (W // ww), wh * ww
@@ -69,11 +92,13 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, window: Size, bias: Tensor | None, 
         x.view(B, h, *split[0], *split[1], x.shape[-1]).permute(to_windows).reshape(B * count, h, n, x.shape[-1])
         for x in (q, k, v)
     )  # (B * P, h, n, d)
-    if first_wins(PRODUCTS_WIN, n, q):
+    if mask is not None or first_wins(PRODUCTS_WIN, n, q):
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (B * P * h, n, d)
         logits = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scale)  # scaled in passing
         if bias is not None:
             logits = logits.view(-1, h, n, n).add_(bias).flatten(0, 1)
+        if mask is not None:
+            logits = logits.view(B, count, h, n, n).add_(mask).flatten(0, 2)
         out = torch.bmm(logits.softmax(dim=-1), v)
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
