@@ -18,7 +18,7 @@ SHAPES = [
     (1, 2, 1, 6, 8, 4, 2, 3),
     (2, 1, 9, 2, 5, 7, 3, 5),
     (1, 2, 14, 14, 24, 24, 49, 3),
-    (2, 2, 3, 4, 8, 8, 6, 1),
+    (2, 8, 3, 4, 8, 8, 6, 1),
     (1, 1, 3, 2, 8, 8, 2, 7),  # a window larger than the map
 ]
 
@@ -47,8 +47,10 @@ def reference(*tensors: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kept", [0, math.inf], ids=["computed again", "kept"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_parity(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_parity(shape: tuple[int, ...], kept: float, dtype: torch.dtype, monkeypatch) -> None:
+    monkeypatch.setattr(eager, "KEPT", kept)
     tensors = inputs(*shape)
     assert_within_budget(run, reference, tensors, dtype=dtype, names=NAMES)
     assert_within_budget(run, reference, tensors[:-1], dtype=dtype, names=NAMES[:-1])
@@ -68,8 +70,10 @@ def test_parity_where_heads_lie_inside_tokens() -> None:
     assert_within_budget(permuted(run), permuted(reference), tensors, names=NAMES)
 
 
+@pytest.mark.parametrize("kept", [0, math.inf], ids=["computed again", "kept"])
 @pytest.mark.parametrize("budget", [1, 2_000, 20_000, 200_000])
-def test_parity_however_the_work_is_cut(monkeypatch, budget: int) -> None:
+def test_parity_however_the_work_is_cut(monkeypatch, budget: int, kept: float) -> None:
+    monkeypatch.setattr(eager, "KEPT", kept)
     monkeypatch.setitem(eager.CHUNK_BYTES, "cpu", budget)
     for window in (3, 5):
         assert_within_budget(run, reference, inputs(5, 4, 9, 6, 8, 6, 5, window), names=NAMES)
@@ -90,20 +94,25 @@ def test_what_every_implementation_must_pass() -> None:
     batched = (True, True, True, False, False)
     check_operator(of_maps("eager"), of_maps("reference"), (q, k, v, bias_local, bias_pool), batched=batched)
     tensors = [x.requires_grad_() for x in (q, k, v, k_pool, v_pool, bias_local, bias_pool, extra)]
-    torch.library.opcheck(torch.ops.visionattn.aggregated_attention_chunked, [x.detach() for x in tensors])
-    torch.library.opcheck(
-        torch.ops.visionattn.aggregated_attention_chunked_backward, [randn(*v.shape), *(x.detach() for x in tensors)]
-    )
-    torch.library.opcheck(
-        torch.ops.visionattn.aggregated_attention_chunked_backward,
-        [randn(*v.shape), *(x.detach() for x in tensors[:-1]), None],
-    )
+    ops, args = torch.ops.visionattn, [x.detach() for x in tensors]
+    for keep in (False, True):
+        for given in (args, [*args[:-1], None]):
+            torch.library.opcheck(ops.aggregated_attention_chunked, [*given, keep])
+            _, kept = ops.aggregated_attention_chunked(*given, keep)
+            torch.library.opcheck(ops.aggregated_attention_chunked_backward, [randn(*v.shape), *given, keep, kept])
 
 
 @pytest.mark.parametrize("impl", ["reference", "eager"])
 def test_gradcheck(impl: str) -> None:
     tensors = [x.double().requires_grad_() for x in inputs(2, 2, 3, 2, 3, 2, 2, 3)]
     assert torch.autograd.gradcheck(lambda *t: aggregated_attention(*t, impl=impl), tensors)
+
+
+def test_a_second_backward_pass_is_as_the_first() -> None:
+    tensors = [x.requires_grad_() for x in inputs(1, 2, 4, 4, 8, 8, 4, 3)]
+    loss = run(*tensors).square().sum()
+    first = torch.autograd.grad(loss, tensors, retain_graph=True)
+    assert all(map(torch.equal, first, torch.autograd.grad(loss, tensors)))
 
 
 def test_inputs_without_a_gradient_do_not_stop_the_others() -> None:

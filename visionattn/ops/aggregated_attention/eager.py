@@ -2,7 +2,8 @@
 
 Maps travel as planes, ``(B, heads, d, tokens)``: a neighbour is then a flat offset, one contiguous run for all tokens.
 Where that offset runs over the end of a row it meets a wrong token, whose weight is zero anyway: it lies outside the
-map. The backward pass computes the weights again, so that nothing quadratic is kept.
+map. The backward pass computes the weights again, so that nothing quadratic is kept, unless they are as few as the
+channels: those are kept.
 """
 
 import math
@@ -20,6 +21,7 @@ from visionattn.ops._tiles import tiles
 CHUNK_BYTES = {"cpu": 2**23}  # of weights in a chunk: within a last-level cache, and few enough chunks
 CHUNK_BYTES_ELSEWHERE = 2**28
 STRIDED_BYTES = 2**19  # of columns that are copied at once
+KEPT = 4  # weights a token and channel that are kept for the backward pass: as many numbers as q, k, v and the result
 
 
 def why_not(
@@ -47,7 +49,10 @@ def forward(
     extra: Tensor | None,
 ) -> Tensor:
     """Attend chunk by chunk."""
-    out: Tensor = _aggregated(q, k, v, k_pool, v_pool, bias_local, bias_pool, extra)
+    tensors = (q, k, v, k_pool, v_pool, bias_local, bias_pool, extra)
+    differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    keep = differentiated and bias_local.shape[1] + k_pool.shape[2] <= KEPT * q.shape[-1]
+    out: Tensor = _aggregated(*tensors, keep)
     return out
 
 
@@ -102,13 +107,19 @@ class _Window:
     def fill_outside(self, x: Tensor, value: float) -> Tensor:
         """Set the cells outside the map in ``x (..., cells, N)``; return it."""
         r = self.side // 2
+        cells = self.fill_beside(x, value).view(*x.shape[:-2], self.side, self.side, self.H, self.W)
+        for i in range(r):  # the window's row i and its mirror image
+            cells[..., i, :, : r - i, :] = value
+            cells[..., -1 - i, :, max(0, self.H - r + i) :, :] = value
+        return x
+
+    def fill_beside(self, x: Tensor, value: float) -> Tensor:
+        """As `fill_outside`, but not above and below the map, where the margin's zeros are met."""
+        r = self.side // 2
         cells = x.view(*x.shape[:-2], self.side, self.side, self.H, self.W)
-        for i in range(r):  # the window's row and column i, and their mirror images
-            reach = r - i
-            cells[..., i, :, :reach] = value
-            cells[..., -1 - i, :, max(0, self.W - reach) :] = value
-            cells[..., i, :, :reach, :] = value
-            cells[..., -1 - i, :, max(0, self.H - reach) :, :] = value
+        for i in range(r):  # the window's column i and its mirror image
+            cells[..., i, :, : r - i] = value
+            cells[..., -1 - i, :, max(0, self.W - r + i) :] = value
         return x
 
     def parts(self, x: Tensor, padded: Tensor) -> Iterator[tuple[tuple[slice, ...], Tensor, list[Tensor]]]:
@@ -120,8 +131,9 @@ class _Window:
         x, padded = x.flatten(0, 1), padded.flatten(0, 1)
         at_work = 4 * x.shape[1]  # planes: a product has two factors, a sum and a buffer
         for group, tokens in tiles(len(x), self.N, at_work, x.element_size()):
-            shifts = [padded[group, :, tokens.start + o : tokens.stop + o] for o in self.offsets]
-            yield (group, slice(None), tokens), x[group, :, tokens], shifts
+            own, near = x[group, :, tokens], padded[group]
+            shifts = [near.narrow(2, tokens.start + o, own.shape[2]) for o in self.offsets]
+            yield (group, slice(None), tokens), own, shifts
 
     def products(self, x: Tensor, padded: Tensor) -> Tensor:
         """Dot products with the neighbours: ``(B, h, cells, N)``."""
@@ -136,14 +148,14 @@ class _Window:
     def gather(self, out: Tensor, weights: Tensor, padded: Tensor) -> None:
         """Add the neighbours, weighted by ``(B, h, cells, N)``, to ``out``."""
         for at, own, shifts in self.parts(out, padded):
-            for weight, neighbours in zip(weights.flatten(0, 1)[at].unbind(1), shifts, strict=True):
-                own.addcmul_(weight[:, None], neighbours)
+            for weight, neighbours in zip(weights.flatten(0, 1)[at].unsqueeze(2).unbind(1), shifts, strict=True):
+                own.addcmul_(weight, neighbours)
 
     def scatter(self, x: Tensor, weights: Tensor, padded: Tensor) -> None:
         """Add ``x``, weighted by ``(B, h, cells, N)``, to the neighbours in ``padded``."""
         for at, own, shifts in self.parts(x, padded):
-            for weight, neighbours in zip(weights.flatten(0, 1)[at].unbind(1), shifts, strict=True):
-                neighbours.addcmul_(weight[:, None], own)
+            for weight, neighbours in zip(weights.flatten(0, 1)[at].unsqueeze(2).unbind(1), shifts, strict=True):
+                neighbours.addcmul_(weight, own)
 
 
 class _Softmax:
@@ -175,13 +187,18 @@ class _Softmax:
                         slice(b, min(b + images, B)), slice(g, min(g + heads, h)), slice(t, min(t + tokens, N))
                     )
 
-    def buffer(self) -> Tensor:
-        """Memory for the largest chunk's rows, taken once."""
+    def buffer(self, keep: bool = False) -> Tensor:
+        """Memory for rows: the largest chunk's, taken once, or all, ``(B, h, N, cells + P)``."""
+        if keep:
+            B, h, _, N = self.q.shape
+            return self.q.new_empty(B, h, N, self.columns)
         sizes = [[s.stop - s.start for s in chunk] for chunk in islice(self.chunks(), 1)]
         return self.q.new_empty(sum(math.prod(s) for s in sizes) * self.columns)
 
     def rows(self, buffer: Tensor, chunk: _Chunk) -> Tensor:
-        """A buffer, cut to a chunk's rows ``(G, n, cells + P)``."""
+        """The place of a chunk's rows ``(G, n, cells + P)`` in what `buffer` took."""
+        if buffer.ndim == 4:
+            return chunk.of(buffer)[:, chunk.tokens]
         images, heads, tokens = (s.stop - s.start for s in chunk)
         return buffer[: images * heads * tokens * self.columns].view(images * heads, tokens, self.columns)
 
@@ -215,18 +232,19 @@ def _forward(
     bias_local: Tensor,
     bias_pool: Tensor,
     extra: Tensor | None,
-) -> Tensor:
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
     window = _Window(q, bias_local.shape[1])
     queries, values, v_pool = window.plane(q), window.padded(v), v_pool.to(window.dtype)
     softmax = _softmax(window, queries, window.padded(k), k_pool, bias_local, bias_pool)
     out = queries.new_empty(*queries.shape[:2], v.shape[-1], window.N)
-    buffer = softmax.buffer()
+    buffer = softmax.buffer(keep)
     for chunk in softmax.chunks():
         attn = softmax.weights(chunk, softmax.rows(buffer, chunk))
         pooled = chunk.of(out)[..., chunk.tokens]  # (G, dv, n)
         torch.bmm(chunk.of(v_pool).transpose(1, 2), attn[..., window.cells :].transpose(1, 2), out=pooled)
     window.gather(out, _local_weights(window, softmax.local, extra), values)
-    return window.map(out).to(v.dtype)
+    return window.map(out).to(v.dtype), buffer if keep else out.new_empty(0)
 
 
 def _softmax(window: _Window, q: Tensor, k: Tensor, k_pool: Tensor, bias_local: Tensor, bias_pool: Tensor) -> _Softmax:
@@ -241,7 +259,7 @@ def _local_weights(window: _Window, attn: Tensor, extra: Tensor | None) -> Tenso
     if extra is None:
         return attn
     x = extra.flatten(2, 3).transpose(2, 3)
-    return window.fill_outside(torch.add(attn, x, out=torch.empty_like(attn)), 0.0)
+    return window.fill_beside(torch.add(attn, x, out=torch.empty_like(attn)), 0.0)
 
 
 def _backward(
@@ -254,28 +272,37 @@ def _backward(
     bias_local: Tensor,
     bias_pool: Tensor,
     extra: Tensor | None,
+    keep: bool,
+    kept: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     window = _Window(q, bias_local.shape[1])
     queries, keys, values, grads = window.plane(q), window.padded(k), window.padded(v), window.plane(dout)
     values_pool = v_pool.to(window.dtype).contiguous()
-    softmax = _softmax(window, queries, keys, k_pool, bias_local, bias_pool)
+    if keep:
+        local = queries.new_empty(*queries.shape[:2], window.cells, window.N)
+        softmax = _Softmax(queries, local, k_pool.to(window.dtype).contiguous(), bias_pool)
+    else:
+        softmax = _softmax(window, queries, keys, k_pool, bias_local, bias_pool)
     dlocal = window.products(grads, values)
     dextra = (
-        dout.new_empty(0) if extra is None else window.map(window.fill_outside(dlocal.clone(), 0.0)).to(extra.dtype)
+        dout.new_empty(0) if extra is None else window.map(window.fill_beside(dlocal.clone(), 0.0)).to(extra.dtype)
     )
     dq, dk_pool, dv_pool = torch.empty_like(queries), torch.zeros_like(softmax.k_pool), torch.zeros_like(values_pool)
     dbias_pool = (queries.new_empty if window.B else queries.new_zeros)(bias_pool.shape)  # the first image sets it
-    buffers = softmax.buffer(), softmax.buffer()
+    buffers = kept if keep else softmax.buffer(), softmax.buffer()
     for chunk in softmax.chunks():
         at, c = chunk.tokens, window.cells
         grad = chunk.of(grads)[..., at]  # (G, dv, n)
         attn, dattn = (softmax.rows(b, chunk) for b in buffers)  # (G, n, cells + P)
-        softmax.weights(chunk, attn)
+        if keep:
+            _copy_columns(attn, chunk.of(softmax.local)[..., at].transpose(1, 2))
+        else:
+            softmax.weights(chunk, attn)
         chunk.of(dv_pool).baddbmm_(attn[..., c:].transpose(1, 2), grad.transpose(1, 2))
         columns = chunk.of(dlocal)[..., at].transpose(1, 2)  # (G, n, cells)
         _copy_columns(columns, dattn)
         torch.bmm(grad.transpose(1, 2), chunk.of(values_pool).transpose(1, 2), out=dattn[..., c:])
-        dlogits = torch.ops.aten._softmax_backward_data.out(dattn, attn, 2, attn.dtype, grad_input=attn)
+        dlogits = torch.ops.aten._softmax_backward_data.out(dattn, attn, 2, attn.dtype, grad_input=dattn)
         _copy_columns(dlogits, columns)
         pooled = dlogits[..., c:]
         by_head = chunk.by_head(pooled)
@@ -317,8 +344,11 @@ def _fake(
     bias_local: Tensor,
     bias_pool: Tensor,
     extra: Tensor | None,
-) -> Tensor:
-    return _planes_like(v)
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    B, h, H, W, _ = q.shape
+    kept = (B, h, H * W, bias_local.shape[1] + k_pool.shape[2]) if keep else (0,)
+    return _planes_like(v), q.new_empty(kept, dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 def _fake_backward(
@@ -331,6 +361,8 @@ def _fake_backward(
     bias_local: Tensor,
     bias_pool: Tensor,
     extra: Tensor | None,
+    keep: bool,
+    kept: Tensor,
 ) -> tuple[Tensor, ...]:
     return (
         *(_planes_like(x) for x in (q, k, v)),
@@ -340,4 +372,6 @@ def _fake_backward(
 
 
 # The chunk loop is opaque to compilers: its trip count depends on the shape and must not be unrolled.
-_aggregated = differentiable("aggregated_attention_chunked", _forward, _fake, _backward, fake_backward=_fake_backward)
+_aggregated = differentiable(
+    "aggregated_attention_chunked", _forward, _fake, _backward, fake_backward=_fake_backward, save=[1]
+)
