@@ -78,6 +78,10 @@ def test_opcheck() -> None:
     out, norm = torch.ops.visionattn.infinite_attention_tiled(*tensors, 0.25, 1e-6)
     args = (torch.ones_like(out), *tensors, 0.25, 1e-6, out, norm)
     torch.library.opcheck(torch.ops.visionattn.infinite_attention_tiled_backward.default, args)
+    torch.library.opcheck(torch.ops.visionattn.infinite_attention_pooled.default, (*tensors, 0.25, 1e-6))
+    out, *saved = torch.ops.visionattn.infinite_attention_pooled(*tensors, 0.25, 1e-6)
+    args = (torch.ones_like(out), *tensors, 0.25, 1e-6, *saved)
+    torch.library.opcheck(torch.ops.visionattn.infinite_attention_pooled_backward.default, args)
 
 
 @given(

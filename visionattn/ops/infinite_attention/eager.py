@@ -3,6 +3,8 @@
 Pure form: the normaliser is one number a head, so the squared norm and the weighted sum accumulate together, tile by
 tile, and the division comes last. The backward pass computes the tiles again instead of keeping them: only q, k, v,
 the output and the norms are saved.
+
+Linear form: all weights are rows, one number a token, and are saved; each gradient is written in a pass or two.
 """
 
 import torch
@@ -14,24 +16,14 @@ from visionattn.ops._tiles import tiles
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, rho: Tensor, form: str, scale: float, eps: float) -> str | None:
-    """Everything runs, but the pure form's tile loop cannot be exported."""
-    return "its tile loop is opaque to exporters" if form == "pure" and exporting() else None
+    """Everything runs, but exporters cannot look into it."""
+    return "its operators are opaque to exporters" if exporting() else None
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, rho: Tensor, form: str, scale: float, eps: float) -> Tensor:
     """Accumulate over tiles, or score by the mean query."""
-    out = _tiled(q, k, v, scale, eps) if form == "pure" else _linear(q, k, v, scale, eps)
+    out = (_tiled if form == "pure" else _pooled)(q, k, v, scale, eps)
     return rho.to(v.dtype).reshape(-1, 1, 1) * out
-
-
-def _linear(q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float) -> Tensor:
-    exact = torch.promote_types(q.dtype, torch.float32)
-    root = scale**0.5
-    weights = torch.linalg.vector_norm(q, dim=-1, dtype=exact).mul(root)  # (B, h, N)
-    weights = weights / (weights.sum(dim=-1, keepdim=True) + eps)
-    query = (weights[:, :, None] @ q.to(exact)) * scale  # (B, h, 1, d)
-    scores = (query @ k.to(exact).transpose(-2, -1)).relu()  # (B, h, 1, S)
-    return ((scores / (scores.sum(dim=-1, keepdim=True) + eps)) @ v.to(exact)).to(v.dtype)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float) -> tuple[Tensor, Tensor]:
@@ -104,3 +96,51 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float) -> tuple[Te
 
 # The tile loop is opaque to compilers: its trip count depends on the shape and must not be unrolled.
 _tiled = differentiable("infinite_attention_tiled", _forward, _fake, _backward, save=(0, 1))
+
+
+def _pooled_forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return ``(B, h, 1, dv)``, the queries' weights and their sum, the mean query, the keys' weights and their sum."""
+    exact = torch.promote_types(q.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(q, dim=-1, dtype=exact).mul_(scale**0.5)[:, :, None]  # (B, h, 1, N)
+    length = norms.sum(dim=-1, keepdim=True).add_(eps)
+    weights = norms.div_(length)
+    query = (weights @ q.to(exact)).mul_(scale)  # (B, h, 1, d)
+    scores = (query @ k.to(exact).transpose(-2, -1)).relu_()  # (B, h, 1, S)
+    mass = scores.sum(dim=-1, keepdim=True).add_(eps)
+    attn = scores.div_(mass)
+    return (attn @ v.to(exact)).to(v.dtype), weights, length, query, attn, mass
+
+
+def _pooled_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float, weights: Tensor, length: Tensor,
+    query: Tensor, attn: Tensor, mass: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    exact = weights.dtype
+    dout, queries, keys = dout.to(exact), q.to(exact), k.to(exact)
+    dscores = dout @ v.to(exact).transpose(-2, -1)  # (B, h, 1, S)
+    dscores = (dscores - (dscores * attn).sum(dim=-1, keepdim=True)).div_(mass).masked_fill_(attn == 0, 0.0)
+    dmean = (dscores @ keys).mul_(scale)  # (B, h, 1, d)
+    dweights = dmean @ queries.transpose(-2, -1)  # (B, h, 1, N)
+    # The slope of a norm is the query over its norm, and none where it is zero; norms are weights times their sum.
+    slope = (dweights - (dweights * weights).sum(dim=-1, keepdim=True)).mul_(scale)
+    slope = (slope / (weights * length.square())).masked_fill_(weights == 0, 0.0)
+    dq = queries * slope.transpose(-2, -1)
+    dq.addcmul_(weights.transpose(-2, -1), dmean)
+    dk, dv = dscores.transpose(-2, -1) * query, attn.transpose(-2, -1) * dout
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _pooled_fake(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    B, h, N, d = q.shape
+    exact = torch.promote_types(q.dtype, torch.float32)
+    out = v.new_empty(B, h, 1, v.shape[-1])
+    return out, *(q.new_empty(B, h, 1, n, dtype=exact) for n in (N, 1, d, k.shape[2], 1))
+
+
+_pooled = differentiable(
+    "infinite_attention_pooled", _pooled_forward, _pooled_fake, _pooled_backward, save=(1, 2, 3, 4, 5)
+)
