@@ -96,10 +96,10 @@ def test_what_every_implementation_must_pass() -> None:
     tensors = [x.requires_grad_() for x in (q, k, v, k_pool, v_pool, bias_local, bias_pool, extra)]
     ops, args = torch.ops.visionattn, [x.detach() for x in tensors]
     for keep in (False, True):
-        for given in (args, [*args[:-1], None]):
-            torch.library.opcheck(ops.aggregated_attention_chunked, [*given, keep])
-            _, kept = ops.aggregated_attention_chunked(*given, keep)
-            torch.library.opcheck(ops.aggregated_attention_chunked_backward, [randn(*v.shape), *given, keep, kept])
+        for some_args in (args, [*args[:-1], None]):
+            torch.library.opcheck(ops.aggregated_attention_chunked, [*some_args, keep])
+            _, kept = ops.aggregated_attention_chunked(*some_args, keep)
+            torch.library.opcheck(ops.aggregated_attention_chunked_backward, [randn(*v.shape), *some_args, keep, kept])
 
 
 @pytest.mark.parametrize("impl", ["reference", "eager"])

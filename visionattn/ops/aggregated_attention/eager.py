@@ -284,9 +284,9 @@ def _backward(
     else:
         softmax = _softmax(window, queries, keys, k_pool, bias_local, bias_pool)
     dlocal = window.products(grads, values)
-    dextra = (
-        dout.new_empty(0) if extra is None else window.map(window.fill_beside(dlocal.clone(), 0.0)).to(extra.dtype)
-    )
+    dextra = dout.new_empty(0)
+    if extra is not None:
+        dextra = window.map(window.fill_beside(dlocal.clone(), 0.0)).to(extra.dtype)
     dq, dk_pool, dv_pool = torch.empty_like(queries), torch.zeros_like(softmax.k_pool), torch.zeros_like(values_pool)
     dbias_pool = (queries.new_empty if window.B else queries.new_zeros)(bias_pool.shape)  # the first image sets it
     buffers = kept if keep else softmax.buffer(), softmax.buffer()

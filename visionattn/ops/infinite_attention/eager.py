@@ -132,9 +132,7 @@ def _pooled_backward(
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
-def _pooled_fake(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _pooled_fake(q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float) -> tuple[Tensor, ...]:
     B, h, N, d = q.shape
     exact = torch.promote_types(q.dtype, torch.float32)
     out = v.new_empty(B, h, 1, v.shape[-1])

@@ -80,7 +80,7 @@ def _attend(
 ) -> Tensor:  # fmt: skip
     B, h, H, W, _ = q.shape
     wh, ww = window
-    if window == (H, W) and bias is None and mask is None:  # nothing is cut: fused attention, which without a bias needs no copies
+    if window == (H, W) and bias is mask is None:  # nothing is cut: fused attention without a bias needs no copies
         q, k, v = (x.flatten(2, 3) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, scale=scale).unflatten(2, window)
     count, n = (H // wh) * (W // ww), wh * ww
