@@ -151,3 +151,14 @@ def test_wrong_arguments_are_explained() -> None:
         window_attention(q[0], k[0], v[0], window=2)
     with pytest.raises(UnsupportedError, match="there is no impl='natten'"):
         window_attention(q, k, v, window=2, impl="natten")
+
+
+def test_shifted_windows_export_with_an_open_batch() -> None:
+    class Shifted(torch.nn.Module):
+        def forward(self, q: Tensor) -> Tensor:
+            return window_attention(q, q, q, window=4, shift=2)
+
+    axes = ({0: torch.export.Dim("batch")},)
+    program = torch.export.export(Shifted(), (randn(2, 2, 8, 8, 4),), dynamic_shapes=axes).module()
+    x = randn(5, 2, 8, 8, 4)
+    torch.testing.assert_close(program(x), Shifted()(x))

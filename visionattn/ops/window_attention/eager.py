@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from visionattn.ops._crossovers import first_wins
+from visionattn.ops._dispatch import exporting
 
 Size = tuple[int, int]
 Zone = tuple[int, int, int]
@@ -33,7 +34,8 @@ def forward(
     """Attend in every window."""
     if shift == (0, 0):
         return _attend(q, k, v, window, bias, grid, scale)
-    if first_wins(MASK_WINS, q.numel(), q) and first_wins(PRODUCTS_WIN, window[0] * window[1], q):
+    small = not exporting() and first_wins(MASK_WINS, q.numel(), q)  # exporters leave the batch open
+    if small and first_wins(PRODUCTS_WIN, window[0] * window[1], q):
         mask = _mask((q.shape[2], q.shape[3]), window, shift, q)
         q, k, v = (x.roll((-shift[0], -shift[1]), dims=(2, 3)) for x in (q, k, v))
         return _attend(q, k, v, window, bias, grid, scale, mask).roll(shift, dims=(2, 3))
