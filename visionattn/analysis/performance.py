@@ -61,16 +61,23 @@ def operators(root: Path) -> Iterator[str]:
 def models(root: Path) -> Iterator[str]:
     """Whole models: timm's own class against it fused, and this library's against itself on reference operators."""
     data = json.loads((root / MODELS).read_text())
-    yield "| model | input | against | times faster (quartiles) |"
-    yield "|---|---|---|---|"
+    rivals: dict[str, dict[tuple[str, str], dict[str, str]]] = {}  # what was measured, by rival, model and input
     for row in data["rows"]:
-        own, compiled = row["contestant"].partition(",")[::2]
+        own, compiled = row["contestant"].partition(", ")[::2]
         if own == "visionattn":
             rival = next(r["contestant"] for r in data["rows"] if _race(r) == _race(row))  # the first of a race
             spread = f"{row['speedup']:.2f} ({row['speedup_low']:.2f} to {row['speedup_high']:.2f})"
-            how = f"{row['direction']},{compiled}" if compiled else row["direction"]
-            yield f"| `{row['subject']}` | {row['shape']}, {how} | {rival}{',' * bool(compiled)}{compiled} | {spread} |"
-    yield ""
+            how = ", ".join(filter(None, (row["direction"], compiled)))
+            cells = rivals.setdefault(rival.partition(", ")[0], {}).setdefault((row["subject"], how), {})
+            cells[row["shape"]] = spread
+    for rival, measured in rivals.items():
+        shapes = sorted(dict.fromkeys(shape for cells in measured.values() for shape in cells))
+        yield f"| model against {rival} | | {' | '.join(shapes)} |"
+        yield "|---" * (len(shapes) + 2) + "|"
+        for (model, how), cells in sorted(measured.items()):
+            yield f"| `{model}` | {how} | {' | '.join(cells.get(shape, '') for shape in shapes)} |"
+        yield ""
+    yield "Times faster, with quartiles of the rounds."
     yield f"{where(data)}. Rows: `{MODELS}`, by `python tools/benchmark.py models`."
 
 
