@@ -6,41 +6,10 @@ The authors train in mixed precision: --amp.
 To start from ImageNet weights: --cfg-options model.backbone.pretrained=<file>
 """
 
-_base_ = [
-    "../_base_/segmentation.py",
-    "../_base_/models/upernet.py",
-    "../_base_/datasets/ade20k.py",
-    "../_base_/schedules/ade20k_upernet_160k.py",
-]
-
-crop_size = (640, 640)
-train_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="LoadAnnotations", reduce_zero_label=True),
-    dict(type="RandomResize", scale=(2560, 640), ratio_range=(0.5, 2.0), keep_ratio=True),
-    dict(type="RandomCrop", crop_size=crop_size, cat_max_ratio=0.75),
-    dict(type="RandomFlip", prob=0.5),
-    dict(type="PhotoMetricDistortion"),
-    dict(type="PackSegInputs"),
-]
-test_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="Resize", scale=(2560, 640), keep_ratio=True),
-    dict(type="LoadAnnotations", reduce_zero_label=True),
-    dict(type="PackSegInputs"),
-]
-train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
-val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
-test_dataloader = val_dataloader
+_base_ = "upernet_dinat_l_160k_ade20k-640x640.py"
 
 model = dict(
     backbone=dict(
-        name="dinats_l",
-        drop_path_rate=0.3,
-        dilations=((1, 20), (1, 10), (1, 2, 1, 3, 1, 4, 1, 5, 1, 2, 1, 3, 1, 4, 1, 5, 1, 5), (1, 2)),
-    ),
-    decode_head=dict(in_channels=[192, 384, 768, 1536]),
-    auxiliary_head=dict(in_channels=768),
-    data_preprocessor=dict(size=(640, 640)),
+        name="dinats_l", dilations=((1, 20), (1, 10), (1, 2, 1, 3, 1, 4, 1, 5, 1, 2, 1, 3, 1, 4, 1, 5, 1, 5), (1, 2))
+    )
 )
-optim_wrapper = dict(paramwise_cfg=dict(custom_keys={"rpb": dict(decay_mult=0.0), "norm": dict(decay_mult=0.0)}))
