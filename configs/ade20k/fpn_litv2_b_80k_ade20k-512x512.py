@@ -4,13 +4,6 @@ Reported in the paper and its repository: mIoU 47.2 (not measured here).
 To start from ImageNet weights: --cfg-options model.backbone.pretrained=<file>
 """
 
-_base_ = [
-    "../_base_/segmentation.py",
-    "../_base_/models/semantic_fpn.py",
-    "../_base_/datasets/ade20k.py",
-    "../_base_/schedules/ade20k_fpn_80k.py",
-]
+_base_ = "fpn_litv2_s_80k_ade20k-512x512.py"
 
-model = dict(
-    backbone=dict(name="litv2_b", norm_outputs=True, drop_path_rate=0.3), neck=dict(in_channels=[128, 256, 512, 1024])
-)
+model = dict(backbone=dict(name="litv2_b", drop_path_rate=0.3), neck=dict(in_channels=[128, 256, 512, 1024]))

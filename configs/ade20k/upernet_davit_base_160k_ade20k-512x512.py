@@ -5,15 +5,10 @@ The authors publish the config of DaViT-T; this is that one at another size.
 To start from ImageNet weights: --cfg-options model.backbone.pretrained=<file>
 """
 
-_base_ = [
-    "../_base_/segmentation.py",
-    "../_base_/models/upernet.py",
-    "../_base_/datasets/ade20k.py",
-    "../_base_/schedules/ade20k_upernet_160k.py",
-]
+_base_ = "upernet_davit_tiny_160k_ade20k-512x512.py"
 
 model = dict(
-    backbone=dict(name="davit_base", drop_path_rate=0.3),
+    backbone=dict(name="davit_base"),
     decode_head=dict(in_channels=[128, 256, 512, 1024]),
     auxiliary_head=dict(in_channels=512),
 )

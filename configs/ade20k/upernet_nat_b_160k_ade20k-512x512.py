@@ -5,16 +5,10 @@ The authors train in mixed precision: --amp.
 To start from ImageNet weights: --cfg-options model.backbone.pretrained=<file>
 """
 
-_base_ = [
-    "../_base_/segmentation.py",
-    "../_base_/models/upernet.py",
-    "../_base_/datasets/ade20k.py",
-    "../_base_/schedules/ade20k_upernet_160k.py",
-]
+_base_ = "upernet_nat_mini_160k_ade20k-512x512.py"
 
 model = dict(
     backbone=dict(name="nat_b", drop_path_rate=0.5),
     decode_head=dict(in_channels=[128, 256, 512, 1024]),
     auxiliary_head=dict(in_channels=512),
 )
-optim_wrapper = dict(paramwise_cfg=dict(custom_keys={"rpb": dict(decay_mult=0.0), "norm": dict(decay_mult=0.0)}))
