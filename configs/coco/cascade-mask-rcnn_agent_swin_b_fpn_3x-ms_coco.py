@@ -4,24 +4,6 @@ Reported in the repository: box AP 52.6, mask AP 45.3 (not measured here).
 To start from ImageNet weights: --cfg-options model.backbone.pretrained=<file>
 """
 
-_base_ = [
-    "../_base_/detection.py",
-    "../_base_/models/cascade_mask_rcnn.py",
-    "../_base_/datasets/coco_instance_ms.py",
-    "../_base_/schedules/coco_3x.py",
-]
+_base_ = "cascade-mask-rcnn_agent_swin_t_fpn_3x-ms_coco.py"
 
-model = dict(
-    backbone=dict(name="agent_swin_b", pools=(9, 12, 14, 7), drop_path_rate=0.4),
-    neck=dict(in_channels=[128, 256, 512, 1024]),
-)
-optim_wrapper = dict(
-    paramwise_cfg=dict(
-        custom_keys={
-            "relative_position_bias_table": dict(decay_mult=0.0),
-            "norm": dict(decay_mult=0.0),
-            "key_bias": dict(decay_mult=0.0),
-            "query_bias": dict(decay_mult=0.0),
-        }
-    )
-)
+model = dict(backbone=dict(name="agent_swin_b", drop_path_rate=0.4), neck=dict(in_channels=[128, 256, 512, 1024]))

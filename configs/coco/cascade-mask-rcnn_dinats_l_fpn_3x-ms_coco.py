@@ -6,17 +6,7 @@ The authors train in mixed precision: --amp.
 To start from ImageNet weights: --cfg-options model.backbone.pretrained=<file>
 """
 
-_base_ = [
-    "../_base_/detection.py",
-    "../_base_/models/cascade_mask_rcnn.py",
-    "../_base_/datasets/coco_instance_ms.py",
-    "../_base_/schedules/coco_3x.py",
-]
+_base_ = "cascade-mask-rcnn_dinats_t_fpn_3x-ms_coco.py"
 
-model = dict(
-    backbone=dict(name="dinats_l", drop_path_rate=0.6, dilations=((1, 28), (1, 14), (1, 3, 1, 5, 1, 7), (1, 3))),
-    neck=dict(in_channels=[192, 384, 768, 1536]),
-)
-optim_wrapper = dict(
-    optimizer=dict(lr=5e-5), paramwise_cfg=dict(custom_keys={"rpb": dict(decay_mult=0.0), "norm": dict(decay_mult=0.0)})
-)
+model = dict(backbone=dict(name="dinats_l", drop_path_rate=0.6), neck=dict(in_channels=[192, 384, 768, 1536]))
+optim_wrapper = dict(optimizer=dict(lr=5e-5))

@@ -5,15 +5,6 @@ The authors train in mixed precision: --amp.
 To start from ImageNet weights: --cfg-options model.backbone.pretrained=<file>
 """
 
-_base_ = [
-    "../_base_/detection.py",
-    "../_base_/models/cascade_mask_rcnn.py",
-    "../_base_/datasets/coco_instance_ms.py",
-    "../_base_/schedules/coco_3x.py",
-]
+_base_ = "cascade-mask-rcnn_dinats_t_fpn_3x-ms_coco.py"
 
-model = dict(
-    backbone=dict(name="dinats_s", drop_path_rate=0.5, dilations=((1, 28), (1, 14), (1, 3, 1, 5, 1, 7), (1, 3))),
-    neck=dict(in_channels=[96, 192, 384, 768]),
-)
-optim_wrapper = dict(paramwise_cfg=dict(custom_keys={"rpb": dict(decay_mult=0.0), "norm": dict(decay_mult=0.0)}))
+model = dict(backbone=dict(name="dinats_s", drop_path_rate=0.5))

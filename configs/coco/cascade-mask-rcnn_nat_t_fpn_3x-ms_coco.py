@@ -5,12 +5,6 @@ The authors train in mixed precision: --amp.
 To start from ImageNet weights: --cfg-options model.backbone.pretrained=<file>
 """
 
-_base_ = [
-    "../_base_/detection.py",
-    "../_base_/models/cascade_mask_rcnn.py",
-    "../_base_/datasets/coco_instance_ms.py",
-    "../_base_/schedules/coco_3x.py",
-]
+_base_ = "cascade-mask-rcnn_nat_mini_fpn_3x-ms_coco.py"
 
-model = dict(backbone=dict(name="nat_t", drop_path_rate=0.3), neck=dict(in_channels=[64, 128, 256, 512]))
-optim_wrapper = dict(paramwise_cfg=dict(custom_keys={"rpb": dict(decay_mult=0.0), "norm": dict(decay_mult=0.0)}))
+model = dict(backbone=dict(name="nat_t", drop_path_rate=0.3))

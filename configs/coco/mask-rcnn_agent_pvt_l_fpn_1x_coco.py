@@ -4,15 +4,6 @@ Reported in the repository: box AP 46.9, mask AP 42.8 (not measured here).
 To start from ImageNet weights: --cfg-options model.backbone.pretrained=<file>
 """
 
-_base_ = [
-    "../_base_/detection.py",
-    "../_base_/models/mask_rcnn.py",
-    "../_base_/datasets/coco_instance.py",
-    "../_base_/schedules/coco_1x.py",
-]
+_base_ = "mask-rcnn_agent_pvt_t_fpn_1x_coco.py"
 
-model = dict(
-    backbone=dict(name="agent_pvt_l", pools=(12, 16, 28, 28), drop_path_rate=0.2),
-    neck=dict(in_channels=[64, 128, 320, 512]),
-)
-optim_wrapper = dict(optimizer=dict(lr=2e-4, weight_decay=1e-4))
+model = dict(backbone=dict(name="agent_pvt_l", drop_path_rate=0.2))

@@ -5,11 +5,6 @@ The authors publish the config of DaViT-T; this is that one at another size.
 To start from ImageNet weights: --cfg-options model.backbone.pretrained=<file>
 """
 
-_base_ = [
-    "../_base_/detection.py",
-    "../_base_/models/mask_rcnn.py",
-    "../_base_/datasets/coco_instance_ms.py",
-    "../_base_/schedules/coco_3x.py",
-]
+_base_ = "mask-rcnn_davit_tiny_fpn_3x-ms_coco.py"
 
-model = dict(backbone=dict(name="davit_small", drop_path_rate=0.2), neck=dict(in_channels=[96, 192, 384, 768]))
+model = dict(backbone=dict(name="davit_small"))

@@ -4,25 +4,6 @@ Reported in the paper: box AP 51.1, mask AP 45.5 (not measured here).
 To start from ImageNet weights: --cfg-options model.backbone.pretrained=<file>
 """
 
-_base_ = [
-    "../_base_/detection.py",
-    "../_base_/models/mask_rcnn.py",
-    "../_base_/datasets/coco_instance.py",
-    "../_base_/schedules/coco_1x.py",
-]
+_base_ = "mask-rcnn_transnext_t_fpn_1x_coco.py"
 
-model = dict(
-    backbone=dict(name="transnext_s", bias_mode="interpolate", img_size=800, drop_path_rate=0.6),
-    neck=dict(in_channels=[72, 144, 288, 576]),
-)
-optim_wrapper = dict(
-    paramwise_cfg=dict(
-        custom_keys={
-            "query_embedding": dict(decay_mult=0.0),
-            "relative_pos_bias_local": dict(decay_mult=0.0),
-            "cpb": dict(decay_mult=0.0),
-            "temperature": dict(decay_mult=0.0),
-            "norm": dict(decay_mult=0.0),
-        }
-    )
-)
+model = dict(backbone=dict(name="transnext_s", drop_path_rate=0.6))

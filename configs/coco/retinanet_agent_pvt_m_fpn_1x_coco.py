@@ -4,15 +4,6 @@ Reported in the repository: box AP 45.8 (not measured here).
 To start from ImageNet weights: --cfg-options model.backbone.pretrained=<file>
 """
 
-_base_ = [
-    "../_base_/detection.py",
-    "../_base_/models/retinanet.py",
-    "../_base_/datasets/coco_detection.py",
-    "../_base_/schedules/coco_1x.py",
-]
+_base_ = "retinanet_agent_pvt_t_fpn_1x_coco.py"
 
-model = dict(
-    backbone=dict(name="agent_pvt_m", pools=(12, 16, 28, 28), drop_path_rate=0.2),
-    neck=dict(in_channels=[128, 320, 512]),
-)
-optim_wrapper = dict(optimizer=dict(weight_decay=1e-4))
+model = dict(backbone=dict(name="agent_pvt_m", drop_path_rate=0.2))

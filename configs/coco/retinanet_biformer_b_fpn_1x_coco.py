@@ -5,15 +5,6 @@ The authors train in mixed precision: --amp.
 To start from ImageNet weights: --cfg-options model.backbone.pretrained=<file>
 """
 
-_base_ = [
-    "../_base_/detection.py",
-    "../_base_/models/retinanet.py",
-    "../_base_/datasets/coco_detection.py",
-    "../_base_/schedules/coco_1x.py",
-]
+_base_ = "retinanet_biformer_s_fpn_1x_coco.py"
 
-model = dict(
-    backbone=dict(name="biformer_b", n_win=16, drop_path_rate=0.3, norm_eval=True),
-    neck=dict(in_channels=[192, 384, 768]),
-)
-optim_wrapper = dict(optimizer=dict(weight_decay=1e-4))
+model = dict(backbone=dict(name="biformer_b", drop_path_rate=0.3), neck=dict(in_channels=[192, 384, 768]))

@@ -5,11 +5,6 @@ The authors publish the config of DaViT-T; this is that one at another size.
 To start from ImageNet weights: --cfg-options model.backbone.pretrained=<file>
 """
 
-_base_ = [
-    "../_base_/detection.py",
-    "../_base_/models/retinanet.py",
-    "../_base_/datasets/coco_detection_ms.py",
-    "../_base_/schedules/coco_1x.py",
-]
+_base_ = "retinanet_davit_tiny_fpn_1x-ms_coco.py"
 
-model = dict(backbone=dict(name="davit_small", drop_path_rate=0.1), neck=dict(in_channels=[192, 384, 768]))
+model = dict(backbone=dict(name="davit_small"))

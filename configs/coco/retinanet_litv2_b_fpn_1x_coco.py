@@ -4,14 +4,8 @@ Reported in the paper and its repository: box AP 46.7 (not measured here).
 To start from ImageNet weights: --cfg-options model.backbone.pretrained=<file>
 """
 
-_base_ = [
-    "../_base_/detection.py",
-    "../_base_/models/retinanet.py",
-    "../_base_/datasets/coco_detection.py",
-    "../_base_/schedules/coco_1x.py",
-]
+_base_ = "retinanet_litv2_s_fpn_1x_coco.py"
 
 model = dict(
     backbone=dict(name="litv2_b", drop_path_rate=0.3, grad_checkpointing=True), neck=dict(in_channels=[256, 512, 1024])
 )
-optim_wrapper = dict(optimizer=dict(weight_decay=1e-4), paramwise_cfg=dict(custom_keys={"norm": dict(decay_mult=0.0)}))

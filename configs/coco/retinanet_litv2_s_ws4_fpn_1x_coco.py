@@ -4,14 +4,6 @@ Reported in the paper and its repository: box AP 43.7 (not measured here).
 To start from ImageNet weights: --cfg-options model.backbone.pretrained=<file>
 """
 
-_base_ = [
-    "../_base_/detection.py",
-    "../_base_/models/retinanet.py",
-    "../_base_/datasets/coco_detection.py",
-    "../_base_/schedules/coco_1x.py",
-]
+_base_ = "retinanet_litv2_s_fpn_1x_coco.py"
 
-model = dict(
-    backbone=dict(name="litv2_s", drop_path_rate=0.2, local_ws=(0, 0, 4, 1)), neck=dict(in_channels=[192, 384, 768])
-)
-optim_wrapper = dict(optimizer=dict(weight_decay=1e-4), paramwise_cfg=dict(custom_keys={"norm": dict(decay_mult=0.0)}))
+model = dict(backbone=dict(local_ws=(0, 0, 4, 1)))
