@@ -166,9 +166,9 @@ def _total(partial: Tensor) -> Tensor:
 
 
 def _configs(dtype: torch.dtype, d: int, *, wide: bool = False) -> list[Config]:
-    """Blocks that none of sm_80, sm_90, sm_100 and gfx942 spills registers at, but for fp32's gradients of more than 64
-    channels; ``wide`` is for the backward pass over queries, whose products share a layout that repeats rows over the
-    warps, and for wide heads. Hopper's matrix units start at 64 rows."""
+    """Blocks that none of sm_80, sm_90, sm_100 and gfx942 spills registers at; ``wide`` is for the backward pass over
+    queries, whose products share a layout that repeats rows over the warps, and for wide heads. Hopper's matrix units
+    start at 64 rows."""
     if dtype == torch.float32:
         return [Config({"BLOCK_N": 16}, warps=8 if wide and d > 64 else 4, stages=1)]
     if wide and d > 32:
@@ -393,18 +393,25 @@ def _backward_kv(
             to_keys = -tl.sum(dstate * value_mean[None, :], 1)
             to_values -= tl.sum(dstate * key_mean[:, None], 0)
 
-    for start in range(first, last, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        keys = load_rows(k, n, k_n, n < last, D, BLOCK_D)
-        values = load_rows(v, n, v_n, n < last, DV, BLOCK_DV)
-        if CENTER:
-            keys -= key_mean[None, :]
-            values -= value_mean[None, :]
-        dkeys = _product(values, tl.trans(dstate), None, HALF)
-        if ROPE:
-            dkeys = _rotate(dkeys, cos, sin, n, n < last, -1, D, BLOCK_D)
-            result = _product(_rotate(keys, cos, sin, n, n < last, 1, D, BLOCK_D), dstate, None, HALF)
-        else:
-            result = _product(keys, dstate, None, HALF)
-        store_rows(dk, n, dk_n, n < last, dkeys + to_keys[None, :], D, BLOCK_D)
-        store_rows(dvalues, n, dv_n, n < last, result + to_values[None, :], DV, BLOCK_DV)
+    # Of wide heads in fp32, registers hold the operands of one product: the keys' gradient takes a pass of its own.
+    LAST: tl.constexpr = 1 if BLOCK_D > 64 and not HALF else 0
+    for turn in tl.static_range(LAST + 1):
+        for start in range(first, last, BLOCK_N):
+            n = start + tl.arange(0, BLOCK_N)
+            if turn == LAST:
+                keys = load_rows(k, n, k_n, n < last, D, BLOCK_D)
+                if CENTER:
+                    keys -= key_mean[None, :]
+            if turn == 0:
+                values = load_rows(v, n, v_n, n < last, DV, BLOCK_DV)
+                if CENTER:
+                    values -= value_mean[None, :]
+                dkeys = _product(values, tl.trans(dstate), None, HALF)
+                if ROPE:
+                    dkeys = _rotate(dkeys, cos, sin, n, n < last, -1, D, BLOCK_D)
+                store_rows(dk, n, dk_n, n < last, dkeys + to_keys[None, :], D, BLOCK_D)
+            if turn == LAST:
+                if ROPE:
+                    keys = _rotate(keys, cos, sin, n, n < last, 1, D, BLOCK_D)
+                result = _product(keys, dstate, None, HALF)
+                store_rows(dvalues, n, dv_n, n < last, result + to_values[None, :], DV, BLOCK_DV)
