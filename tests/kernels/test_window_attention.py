@@ -21,10 +21,11 @@ CASES = [
 
 
 def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
-    """What is compiled ahead of time (`tests.kernels.aot`): Swin's, HiLo's, and larger windows."""
+    """What is compiled ahead of time (`tests.kernels.aot`): Swin's, HiLo's, and larger windows; wide heads in fp32."""
     from visionattn.kernels import window_attention as kernels
 
-    for d, window, biased in ((32, 7, True), (64, 2, False), (32, 12, True)):
+    wide = ((128, 7, True), (128, 2, False)) if dtype == torch.float32 else ()
+    for d, window, biased in ((32, 7, True), (64, 2, False), (32, 12, True), *wide):
         x = torch.empty(2, 3, 84, 84, d, dtype=dtype, device="meta")
         bias = x.new_empty(3, window**2, window**2) if biased else None
         options = (bias, (window, window), (0, 0), False, d**-0.5)
@@ -75,9 +76,10 @@ def test_any_shape(problem: tuple[list[Tensor], tuple[int, int], dict]) -> None:
     check_budget(attend("triton", window, **options), attend("reference", window, **options), tensors)
 
 
-def test_wide_heads_take_passes_over_queries_and_keys() -> None:
-    tensors = inputs((1, 1, 4, 4, 72), (2, 2))
-    check_budget(attend("triton", (2, 2), shift=(1, 1)), attend("reference", (2, 2), shift=(1, 1)), tensors)
+@pytest.mark.parametrize(("d", "window"), [(72, (2, 2)), (128, (4, 5))], ids=str)
+def test_wide_heads_take_passes_over_queries_and_keys(d: int, window: tuple[int, int]) -> None:
+    tensors = inputs((1, 1, 4, 10, d), window)
+    check_budget(attend("triton", window, shift=(1, 1)), attend("reference", window, shift=(1, 1)), tensors)
 
 
 def test_an_empty_batch_gives_the_bias_no_gradient() -> None:

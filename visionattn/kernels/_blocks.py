@@ -70,6 +70,21 @@ def load_rows(base, rows, stride, valid, D: tl.constexpr, BLOCK_D: tl.constexpr)
 
 
 @triton.jit
+def dot_rows(a, a_at, a_valid, b, b_at, b_valid, D: tl.constexpr):
+    """Products of rows of two matrices, ``(n, m)``, over 64 channels at a time, whose operands fit registers in fp32.
+
+    Rows start ``a_at (n,)`` and ``b_at (m,)`` elements from the matrices, and are zero where not valid.
+    """
+    result = tl.zeros((a_at.shape[0], b_at.shape[0]), tl.float32)
+    for start in range(0, D, 64):
+        cols = start + tl.arange(0, 64)
+        left = tl.load(a + a_at[:, None] + cols[None, :], mask=a_valid[:, None] & (cols < D)[None, :], other=0.0)
+        right = tl.load(b + b_at[:, None] + cols[None, :], mask=b_valid[:, None] & (cols < D)[None, :], other=0.0)
+        result = dot(left, tl.trans(right), result)
+    return result
+
+
+@triton.jit
 def store_rows(base, rows, stride, valid, x, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Write ``x (n, BLOCK_D)`` to rows of a matrix with ``D`` columns, where ``valid``."""
     cols = tl.arange(0, BLOCK_D)

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from visionattn.kernels._blocks import LOG2E, attention_configs, block, dot, load_rows, store_rows
+from visionattn.kernels._blocks import LOG2E, attention_configs, block, dot, dot_rows, load_rows, store_rows
 from visionattn.kernels._launch import Config, launch
 from visionattn.kernels._layout import heads_last, rows
 from visionattn.kernels._softmax import load_stats, online_softmax, store_stats
@@ -95,7 +95,7 @@ def backward(
         _backward_q,
         lambda b: B * h * _blocks(H * W, n, b, "BLOCK_N"),
         *(q, k, v, bias, out, dout, stats, deltas, dq, *_strides(q, k, v, out, dout, dq), *place, *scales),
-        configs=_configs(q.dtype, max(d, dv), n, own="BLOCK_N", other="BLOCK_S", tight=True),
+        configs=_backward_configs(q.dtype, max(d, dv), n, own="BLOCK_N", other="BLOCK_S"),
         **widths,
     )
     launch(
@@ -103,7 +103,7 @@ def backward(
         lambda b: B * h * _blocks(H * W, n, b, "BLOCK_S"),
         *(q, k, v, bias, dout, stats, deltas, dk, dvalues, *_strides(q, k, v, dout, dk, dvalues), *place, *scales),
         # One stage: with two, sm_100 spills 36 bytes at the widths of Swin's heads.
-        configs=_configs(q.dtype, max(d, dv), n, own="BLOCK_S", other="BLOCK_N", tight=True, most=1),
+        configs=_backward_configs(q.dtype, max(d, dv), n, own="BLOCK_S", other="BLOCK_N", most=1),
         **widths,
     )
     sums = _partial_sums(bias, 0)
@@ -131,6 +131,13 @@ def _configs(dtype: torch.dtype, width: int, n: int, own: str, other: str, tight
     # Bias and gradients take the registers that heads of twice the width would.
     configs = attention_configs(dtype, 2 * width if tight else width, own=own, other=other)
     return [Config({**c.blocks, "PACK": max(1, c.blocks[own] // n)}, c.warps, min(c.stages, most)) for c in configs]
+
+
+def _backward_configs(dtype: torch.dtype, width: int, n: int, own: str, other: str, most: int = 2) -> list[Config]:
+    """Of the passes over queries and over keys."""
+    if dtype == torch.float32 and width > 64:  # larger blocks, or fewer warps, spill registers
+        return [Config({own: 16, other: 16, "PACK": max(1, 16 // n)}, warps=8, stages=1)]
+    return _configs(dtype, width, n, own, other, tight=True, most=most)
 
 
 def _whole(dtype: torch.dtype, width: int, n: int, *, biased: bool) -> Config | None:
@@ -207,24 +214,27 @@ def _pairs(row, col):
 
 
 @triton.jit
+def _at(y, x, stride_y, stride_x):
+    """Where rows of a map start."""
+    return y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x
+
+
+@triton.jit
 def _load(base, y, x, stride_y, stride_x, valid, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows of a map: ``(slots, BLOCK_D)``."""
-    return load_rows(base, y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x, 1, valid, D, BLOCK_D)
+    return load_rows(base, _at(y, x, stride_y, stride_x), 1, valid, D, BLOCK_D)
 
 
 @triton.jit
 def _store(base, y, x, stride_y, stride_x, valid, rows, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Write rows of a map."""
-    store_rows(base, y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x, 1, valid, rows, D, BLOCK_D)
+    store_rows(base, _at(y, x, stride_y, stride_x), 1, valid, rows, D, BLOCK_D)
 
 
 @triton.jit
-def _logits(queries, keys, scale2, bias, same, query, key, n, BIASED: tl.constexpr):
-    """Masked logits of rows against columns; ``same`` says which pairs may attend, ``query`` and ``key`` their tokens.
-
-    Rows may be the keys: ``queries`` and ``keys`` are the operands from left to right.
-    """
-    logits = dot(queries, tl.trans(keys)) * scale2
+def _logits(products, scale2, bias, same, query, key, n, BIASED: tl.constexpr):
+    """Masked logits from products; ``same`` says which pairs may attend, ``query`` and ``key`` their tokens."""
+    logits = products * scale2
     if BIASED:
         logits += tl.load(bias + query * n + key, mask=same, other=0.0).to(tl.float32) * BIAS_UNIT
     return tl.where(same, logits, float("-inf"))
@@ -260,7 +270,7 @@ def _forward(
         )
         keys = _load(k, ky, kx, k_y, k_x, other >= 0, D, BLOCK_D)
         same = _pairs(group, other)
-        logits = _logits(queries, keys, scale2, bias, same, query[:, None], key[None, :], n, BIASED)
+        logits = _logits(dot(queries, tl.trans(keys)), scale2, bias, same, query[:, None], key[None, :], n, BIASED)
         attn, shrink, top, total = online_softmax(logits, top, total)
         values = _load(v, ky, kx, v_y, v_x, other >= 0, DV, BLOCK_DV)
         result = dot(attn.to(values.dtype), values, result * shrink[:, None])
@@ -300,7 +310,7 @@ def _backward_whole(
         keys = _load(k + b * k_b, y, x, k_y, k_x, valid, D, BLOCK_D)
         grads = _load(dout + b * do_b, y, x, do_y, do_x, valid, DV, BLOCK_DV)
         same = _pairs(group, group)
-        logits = _logits(queries, keys, scale2, bias, same, token[:, None], token[None, :], n, BIASED)
+        logits = _logits(dot(queries, tl.trans(keys)), scale2, bias, same, token[:, None], token[None, :], n, BIASED)
         attn = tl.exp2(logits - tl.maximum(tl.max(logits, 1), -1e30)[:, None])
         attn *= (1.0 / tl.where(valid, tl.sum(attn, 1), 1.0))[:, None]
         dvalues = dot(tl.trans(attn.to(grads.dtype)), grads)
@@ -357,7 +367,7 @@ def _backward_q(
         keys = _load(k, ky, kx, k_y, k_x, other >= 0, D, BLOCK_D)
         values = _load(v, ky, kx, v_y, v_x, other >= 0, DV, BLOCK_DV)
         same = _pairs(group, other)
-        logits = _logits(queries, keys, scale2, bias, same, query[:, None], key[None, :], n, BIASED)
+        logits = _logits(dot(queries, tl.trans(keys)), scale2, bias, same, query[:, None], key[None, :], n, BIASED)
         attn = tl.exp2(logits - top[:, None]) * inverse[:, None]
         dlogits = attn * (dot(grads, tl.trans(values)) - delta[:, None])
         change = dot(dlogits.to(keys.dtype), keys, change)
@@ -398,7 +408,7 @@ def _backward_kv(
         top, inverse = load_stats(stats, of_queries + others, other >= 0)
         delta = tl.load(deltas + of_queries + others, mask=other >= 0, other=0.0)
         same = _pairs(group, other)
-        logits = _logits(keys, queries, scale2, bias, same, query[None, :], key[:, None], n, BIASED)
+        logits = _logits(dot(keys, tl.trans(queries)), scale2, bias, same, query[None, :], key[:, None], n, BIASED)
         attn = tl.exp2(logits - top[None, :]) * inverse[None, :]  # (keys, queries)
         dvalues = dot(attn.to(grads.dtype), grads, dvalues)
         dlogits = attn * (dot(values, tl.trans(grads)) - delta[None, :])
@@ -416,6 +426,7 @@ def _backward_bias(
     BIASED: tl.constexpr, GRID: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
+    WIDE: tl.constexpr = q.dtype.element_ty == tl.float32 and (BLOCK_D > 64 or BLOCK_DV > 64)
     n = window_h * window_w
     head, pid = (tl.program_id(0) % heads).to(tl.int64), tl.program_id(0) // heads
     across = tl.cdiv(n, BLOCK_S)
@@ -434,17 +445,27 @@ def _backward_bias(
         b, window = (item // windows).to(tl.int64), item % windows
         group, query, y, x = _slots(query_slot, window, H, W, window_h, window_w, shift_h, shift_w, PACK, GRID)
         other, key, ky, kx = _slots(key_slot, window, H, W, window_h, window_w, shift_h, shift_w, PACK, GRID)
-        queries = _load(q + b * q_b, y, x, q_y, q_x, group >= 0, D, BLOCK_D)
-        grads = _load(dout + b * do_b, y, x, do_y, do_x, group >= 0, DV, BLOCK_DV)
-        keys = _load(k + b * k_b, ky, kx, k_y, k_x, other >= 0, D, BLOCK_D)
-        values = _load(v + b * v_b, ky, kx, v_y, v_x, other >= 0, DV, BLOCK_DV)
+        if WIDE:
+            queries_at, keys_at = _at(y, x, q_y, q_x), _at(ky, kx, k_y, k_x)
+            products = dot_rows(q + b * q_b, queries_at, group >= 0, k + b * k_b, keys_at, other >= 0, D)
+        else:
+            queries = _load(q + b * q_b, y, x, q_y, q_x, group >= 0, D, BLOCK_D)
+            grads = _load(dout + b * do_b, y, x, do_y, do_x, group >= 0, DV, BLOCK_DV)
+            keys = _load(k + b * k_b, ky, kx, k_y, k_x, other >= 0, D, BLOCK_D)
+            values = _load(v + b * v_b, ky, kx, v_y, v_x, other >= 0, DV, BLOCK_DV)
+            products = dot(queries, tl.trans(keys))
         at = (b * heads + head) * H * W + window * n + query_slot
         top, inverse = load_stats(stats, at, group >= 0)
         delta = tl.load(deltas + at, mask=group >= 0, other=0.0)
         same = _pairs(group, other)
-        logits = _logits(queries, keys, scale2, bias, same, query[:, None], key[None, :], n, BIASED)
+        logits = _logits(products, scale2, bias, same, query[:, None], key[None, :], n, BIASED)
         attn = tl.exp2(logits - top[:, None]) * inverse[:, None]
-        result += attn * (dot(grads, tl.trans(values)) - delta[:, None])
+        if WIDE:
+            grads_at, values_at = _at(y, x, do_y, do_x), _at(ky, kx, v_y, v_x)
+            dattn = dot_rows(dout + b * do_b, grads_at, group >= 0, v + b * v_b, values_at, other >= 0, DV)
+        else:
+            dattn = dot(grads, tl.trans(values))
+        result += attn * (dattn - delta[:, None])
     sums += (split.to(tl.int64) * heads + head) * n * n
     inside = (query_slot < n)[:, None] & (key_slot < n)[None, :]
     tl.store(sums + query_slot[:, None] * n + key_slot[None, :], result, mask=inside)
