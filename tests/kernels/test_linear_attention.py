@@ -17,10 +17,11 @@ every_kind = pytest.mark.parametrize(("normalization", "turned"), KINDS, ids=str
 
 
 def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
-    """What is compiled ahead of time (`tests.kernels.aot`): MALA's and InLine's heads, and twice as wide ones."""
+    """What is compiled ahead of time (`tests.kernels.aot`): MALA's and InLine's heads, and wider ones."""
     from visionattn.kernels import linear_attention as kernels
 
-    for kind, turned, d in [("magnitude_aware", True, 64), ("injective", False, 32), ("magnitude_aware", True, 128)]:
+    mala, inline = ("magnitude_aware", True), ("injective", False)
+    for (kind, turned), d in ((mala, 64), (inline, 32), (mala, 32), (mala, 128)):
         x = torch.empty(2, 6, 3136, d, dtype=dtype, device="meta")
         table = x.new_empty(3136, d // 2, dtype=torch.float32) if turned else None
         options = (kind, table, table, d**-0.5, 1e-6)
