@@ -15,13 +15,14 @@ BATCHED = (True, True, True, True, True, False, False, True)
 
 
 def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
-    """What is compiled ahead of time (`tests.kernels.aot`): TransNeXt's heads of 24 channels."""
+    """What is compiled ahead of time (`tests.kernels.aot`): TransNeXt's heads of 24 channels, and wide ones."""
     from visionattn.kernels import aggregated_attention as kernels
 
-    tensors = [x.to("meta", dtype) for x in inputs(2, 3, 28, 29, 24, 24, 49, 3)]
-    tops = tensors[0].new_empty(2, 3, 28 * 29, dtype=torch.float32)
-    yield "3x3", lambda: kernels.forward(*tensors)
-    yield "3x3", lambda: kernels.backward(tensors[0], *tensors, tops)
+    for d in (24, 128) if dtype == torch.float32 else (24,):
+        tensors = [x.to("meta", dtype) for x in inputs(2, 3, 28, 29, d, d, 49, 3)]
+        tops = tensors[0].new_empty(2, 3, 28 * 29, dtype=torch.float32)
+        yield f"d={d}", lambda tensors=tensors: kernels.forward(*tensors)
+        yield f"d={d}", lambda tensors=tensors, tops=tops: kernels.backward(tensors[0], *tensors, tops)
 
 
 def run(*tensors: Tensor) -> Tensor:
@@ -34,6 +35,11 @@ def test_is_right() -> None:
 
 def test_is_right_without_added_weights() -> None:
     check_budget(run, reference, inputs(1, 2, 3, 4, 6, 5, 3, 3)[:-1])
+
+
+@pytest.mark.parametrize(("d", "dv"), [(128, 72), (20, 100)], ids=str)
+def test_wide_heads_are_multiplied_in_parts(d: int, dv: int) -> None:
+    check_budget(run, reference, inputs(2, 1, 3, 6, d, dv, 18, 3))
 
 
 @given(

@@ -85,6 +85,14 @@ def dot_rows(a, a_at, a_valid, b, b_at, b_valid, D: tl.constexpr):
 
 
 @triton.jit
+def products(rows, others, a, a_at, a_valid, b, b_at, b_valid, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """``rows @ others.T``; wide fp32 rows are read again, with `dot_rows`, which the other arguments are for."""
+    if rows.dtype == tl.float32 and BLOCK_D > 64:
+        return dot_rows(a, a_at, a_valid, b, b_at, b_valid, D)
+    return dot(rows, tl.trans(others))
+
+
+@triton.jit
 def store_rows(base, rows, stride, valid, x, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Write ``x (n, BLOCK_D)`` to rows of a matrix with ``D`` columns, where ``valid``."""
     cols = tl.arange(0, BLOCK_D)

@@ -13,13 +13,14 @@ Letters: B batch, h heads, N tokens, P pooled tokens, d channels, dv channels of
 """
 
 import math
+from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from visionattn.kernels._blocks import LOG2E, block, dot, load_rows, store_rows
+from visionattn.kernels._blocks import LOG2E, block, dot, load_rows, products, store_rows
 from visionattn.kernels._launch import Config, launch
 from visionattn.kernels._layout import heads_last, rows
 from visionattn.kernels._softmax import online_softmax
@@ -101,7 +102,7 @@ def backward(
         lambda b: splits * B * h * pool_blocks,
         *(maps[0], *pools, tables[1], dout, tops, sums, dk_pool, dv_pool),
         *(*_strides(maps[0], *pools, dout), *tables[1].stride()[:2], B * h, h, N, P, splits),
-        configs=[config],
+        configs=[replace(config, warps=8) if q.dtype == torch.float32 and max(d, dv) > 64 else config],
         **constants,
     )
     batch_splits = _splits(B, h * blocks * pool_blocks)
@@ -272,6 +273,7 @@ def _backward_q(
     bias_local += head * (WINDOW * WINDOW)
     bias_pool += head * bias_h
     n = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_at = n.to(tl.int64)
     queries = load_rows(q, n, q_n, n < N, D, BLOCK_D)
     grads = load_rows(dout, n, do_n, n < N, DV, BLOCK_DV)
     top = tl.load(tops + group * N + n, mask=n < N, other=0.0)
@@ -301,11 +303,14 @@ def _backward_q(
     total = tl.sum(attn_local, 1)
     for start in range(0, P, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
+        p_at = p.to(tl.int64)
         keys = load_rows(k_pool, p, kp_n, p < P, D, BLOCK_D)
         values = load_rows(v_pool, p, vp_n, p < P, DV, BLOCK_DV)
-        logits = _pooled_logits(dot(queries, tl.trans(keys)), bias_pool, n[:, None], bias_n, N, p[None, :], P)
+        match = products(queries, keys, q, n_at * q_n, n < N, k_pool, p_at * kp_n, p < P, D, BLOCK_D)
+        logits = _pooled_logits(match, bias_pool, n[:, None], bias_n, N, p[None, :], P)
         attn = tl.exp2(logits - top[:, None])
-        row_sum += tl.sum(attn * dot(grads, tl.trans(values)), 1)
+        dattn = products(grads, values, dout, n_at * do_n, n < N, v_pool, p_at * vp_n, p < P, DV, BLOCK_DV)
+        row_sum += tl.sum(attn * dattn, 1)
         total += tl.sum(attn, 1)
     # Of the weights as they are here, so that the gradients of a query's logits sum to zero as they should.
     inverse = 1.0 / total
@@ -325,11 +330,14 @@ def _backward_q(
             result += tl.sum(tl.where(here, dlogits_local, 0.0), 1)[:, None] * keys
     for start in range(0, P, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
+        p_at = p.to(tl.int64)
         keys = load_rows(k_pool, p, kp_n, p < P, D, BLOCK_D)
         values = load_rows(v_pool, p, vp_n, p < P, DV, BLOCK_DV)
-        logits = _pooled_logits(dot(queries, tl.trans(keys)), bias_pool, n[:, None], bias_n, N, p[None, :], P)
+        match = products(queries, keys, q, n_at * q_n, n < N, k_pool, p_at * kp_n, p < P, D, BLOCK_D)
+        logits = _pooled_logits(match, bias_pool, n[:, None], bias_n, N, p[None, :], P)
         attn = tl.exp2(logits - top[:, None]) * inverse[:, None]
-        dlogits = attn * (dot(grads, tl.trans(values)) - row_sum[:, None])
+        dattn = products(grads, values, dout, n_at * do_n, n < N, v_pool, p_at * vp_n, p < P, DV, BLOCK_DV)
+        dlogits = attn * (dattn - row_sum[:, None])
         result = dot(dlogits.to(keys.dtype), keys, result)
     store_rows(dq + b * dq_b + head * dq_h, n, dq_n, n < N, result, D, BLOCK_D)
 
@@ -434,16 +442,20 @@ def _backward_bias(
     bias = _pooled_logits(0.0, bias_pool + head * bias_h, n[:, None], bias_n, N, p[None, :], P)
 
     result = tl.zeros((BLOCK_N, BLOCK_P), tl.float32)
+    n_at, p_at = n.to(tl.int64), p.to(tl.int64)
     share = tl.cdiv(B, splits)
     for item in range(split * share, tl.minimum((split + 1) * share, B)):
         b = tl.cast(item, tl.int64)
-        queries = load_rows(q + b * q_b + head * q_h, n, q_n, n < N, D, BLOCK_D)
-        keys = load_rows(k_pool + b * kp_b + head * kp_h, p, kp_n, p < P, D, BLOCK_D)
+        q_at, k_at = q + b * q_b + head * q_h, k_pool + b * kp_b + head * kp_h
+        queries = load_rows(q_at, n, q_n, n < N, D, BLOCK_D)
+        keys = load_rows(k_at, p, kp_n, p < P, D, BLOCK_D)
         top, inverse, row_sum = _row(tops, sums, (b * heads + head) * N + n, n < N)
-        logits = dot(queries, tl.trans(keys)) * TO_LOG2 + bias
-        attn = tl.exp2(logits - top[:, None]) * inverse[:, None]
-        grads = load_rows(dout + b * do_b + head * do_h, n, do_n, n < N, DV, BLOCK_DV)
-        values = load_rows(v_pool + b * vp_b + head * vp_h, p, vp_n, p < P, DV, BLOCK_DV)
-        result += attn * (dot(grads, tl.trans(values)) - row_sum[:, None])
+        match = products(queries, keys, q_at, n_at * q_n, n < N, k_at, p_at * kp_n, p < P, D, BLOCK_D)
+        attn = tl.exp2(match * TO_LOG2 + bias - top[:, None]) * inverse[:, None]
+        do_at, v_at = dout + b * do_b + head * do_h, v_pool + b * vp_b + head * vp_h
+        grads = load_rows(do_at, n, do_n, n < N, DV, BLOCK_DV)
+        values = load_rows(v_at, p, vp_n, p < P, DV, BLOCK_DV)
+        dattn = products(grads, values, do_at, n_at * do_n, n < N, v_at, p_at * vp_n, p < P, DV, BLOCK_DV)
+        result += attn * (dattn - row_sum[:, None])
     dbias += ((split * heads + head) * N + n)[:, None] * P + p[None, :]
     tl.store(dbias, result.to(dbias.dtype.element_ty), mask=(n < N)[:, None] & (p < P)[None, :])
