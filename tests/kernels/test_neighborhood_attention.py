@@ -11,22 +11,27 @@ from visionattn.testing import randn
 
 
 def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
-    """What is compiled ahead of time (`tests.kernels.aot`): NAT's and DiNAT's heads of 32 channels."""
+    """What is compiled ahead of time (`tests.kernels.aot`): NAT's and DiNAT's heads of 32 channels, and wide ones."""
     from visionattn.kernels import neighborhood_attention as kernels
 
-    x = torch.empty(2, 6, 28, 29, 32, dtype=dtype, device="meta")
-    table = x.new_empty(6, 13, 13, dtype=torch.float32)
-    stats = x.new_empty(2, 6, 28 * 29, 2, dtype=torch.float32)
-    for name, bias in (("bias", table), ("no bias", None)):
-        args = (x, x, x, bias, (7, 7), (1, 4), 32**-0.5)
-        yield name, lambda args=args: kernels.forward(*args)
-        yield name, lambda args=args: kernels.backward(x, *args, x, stats)
+    for d in (32, 128) if dtype == torch.float32 else (32,):
+        x = torch.empty(2, 6, 28, 29, d, dtype=dtype, device="meta")
+        table = x.new_empty(6, 13, 13, dtype=torch.float32)
+        stats = x.new_empty(2, 6, 28 * 29, 2, dtype=torch.float32)
+        for name, bias in (("bias", table), ("no bias", None)):
+            args = (x, x, x, bias, (7, 7), (1, 4), d**-0.5)
+            yield f"d={d}, {name}", lambda args=args: kernels.forward(*args)
+            yield f"d={d}, {name}", lambda x=x, args=args, stats=stats: kernels.backward(x, *args, x, stats)
 
 
 def test_is_right() -> None:
     tensors = data(1, (5, 9), (3, 4), 8)  # several tiles along both axes
     batched = (True, True, True, False)
     check_kernel(run("triton", (3, 4)), run("reference", (3, 4)), tensors, batched=batched)
+
+
+def test_wide_heads_are_multiplied_in_parts() -> None:
+    check_budget(run("triton", (3, 4)), run("reference", (3, 4)), data(1, (5, 9), (3, 4), 72))
 
 
 @given(

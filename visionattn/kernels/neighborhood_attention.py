@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from visionattn.kernels._blocks import LOG2E, attention_configs, block, dot, load_rows, store_rows
+from visionattn.kernels._blocks import LOG2E, attention_configs, block, dot, load_rows, products, store_rows
 from visionattn.kernels._launch import Config, launch
 from visionattn.kernels._layout import heads_last, rows
 from visionattn.kernels._softmax import load_stats, online_softmax, store_stats
@@ -81,8 +81,7 @@ def backward(
         _backward_kv,
         lambda b: B * h * _tiles((H, W), dilation, b),
         *(q, k, v, table, dout, stats, sums, dk, dv, *inputs, *dk.stride()[:3], *dv.stride()[:3], *numbers),
-        # One stage: with two, sm_80 spills at the width of NAT's heads.
-        configs=[replace(c, stages=1) for c in _configs(q.dtype, max(d, width))],
+        configs=_configs_by_keys(q.dtype, max(d, width)),
         **_widths(d, width),
     )
     dq, dk, dv = (x.unflatten(2, (H, W)) for x in (dq, dk, dv))
@@ -136,6 +135,14 @@ def _configs(dtype: torch.dtype, width: int) -> list[Config]:
         return Config(blocks, config.warps, config.stages)
 
     return [tiled(c) for c in attention_configs(dtype, width, own="OWN", other="OTHER")]
+
+
+def _configs_by_keys(dtype: torch.dtype, width: int) -> list[Config]:
+    # One stage: with two, sm_80 spills at the width of NAT's heads.
+    configs = [replace(c, stages=1) for c in _configs(dtype, width)]
+    if dtype == torch.float32 and width > 64:  # wider blocks spill at sm_80, and at more warps at gfx942
+        return [replace(c, blocks={**c.blocks, "BLOCK": 16}) for c in configs]
+    return configs
 
 
 def _widths(d: int, dv: int) -> dict[str, int]:
@@ -385,20 +392,24 @@ def _backward_bias(
             ky, kx = corner_y + place_y, corner_x + place_x
             is_key = (ky >= 0) & (ky < size_y) & (kx >= 0) & (kx < size_x)
             s = (ky * dh + class_y) * W + kx * dw + class_x
-            queries = load_rows(q + b * q_b, n, q_n, is_query, D, BLOCK_D)
-            grads = load_rows(dout + b * do_b, n, do_n, is_query, DV, BLOCK_DV)
-            keys = load_rows(k + b * k_b, s, k_n, is_key, D, BLOCK_D)
-            values = load_rows(v + b * v_b, s, v_n, is_key, DV, BLOCK_DV)
+            n_at, s_at = n.to(tl.int64), s.to(tl.int64)
+            q_at, do_at, k_at, v_at = q + b * q_b, dout + b * do_b, k + b * k_b, v + b * v_b
+            queries = load_rows(q_at, n, q_n, is_query, D, BLOCK_D)
+            grads = load_rows(do_at, n, do_n, is_query, DV, BLOCK_DV)
+            keys = load_rows(k_at, s, k_n, is_key, D, BLOCK_D)
+            values = load_rows(v_at, s, v_n, is_key, DV, BLOCK_DV)
             at = (b * heads + head) * H * W + n
             peak, inverse = load_stats(stats, at, is_query)
             row_sum = tl.load(sums + at, mask=is_query, other=0.0)
+            match = products(queries, keys, q_at, n_at * q_n, is_query, k_at, s_at * k_n, is_key, D, BLOCK_D)
             logits = _add_bias(
-                dot(queries, tl.trans(keys)) * scale2,
+                match * scale2,
                 *(qy[:, None], qx[:, None], window_y[:, None], window_x[:, None], ky[None, :], kx[None, :]),
                 *(bias, kernel_y, kernel_x),
             )
             attn = tl.exp2(logits - peak[:, None]) * inverse[:, None]
-            result += attn * (dot(grads, tl.trans(values)) - row_sum[:, None])
+            dattn = products(grads, values, do_at, n_at * do_n, is_query, v_at, s_at * v_n, is_key, DV, BLOCK_DV)
+            result += attn * (dattn - row_sum[:, None])
     places = reach_y * reach_x
     at = ((split * heads + head) * (TILE_H * TILE_W) + i)[:, None] * places + j[None, :]
     tl.store(partial + at, result, mask=(j < places)[None, :])
