@@ -12,16 +12,17 @@ from visionattn.testing import randn
 
 
 def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
-    """What is compiled ahead of time (`tests.kernels.aot`): ConViT's heads of 48 channels at 224, and larger maps."""
+    """What is compiled ahead of time (`tests.kernels.aot`): ConViT's heads of 48 channels, larger maps, wide heads."""
     from visionattn.kernels import gated_positional_attention as kernels
 
-    for H, W in ((14, 14), (40, 70)):
-        x = torch.empty(2, 6, H, W, 48, dtype=dtype, device="meta")
+    wide = ((128, 14, 14),) if dtype == torch.float32 else ()
+    for d, H, W in ((48, 14, 14), (48, 40, 70), *wide):
+        x = torch.empty(2, 6, H, W, d, dtype=dtype, device="meta")
         position, gate = (torch.empty(6, *n, device="meta") for n in ((3,), ()))
         stats, axes = (torch.empty(shape, device="meta") for shape in ((2, 6, H * W, 2), (4, 6, H + W)))
-        args = (x, x, x, position, gate, 0.1)
-        yield f"{H} x {W}", lambda args=args: kernels.forward(*args)
-        yield f"{H} x {W}", lambda args=args, saved=(stats, axes): kernels.backward(args[0], *args, args[0], *saved)
+        args, saved, name = (x, x, x, position, gate, 0.1), (stats, axes), f"d={d}, {H} x {W}"
+        yield name, lambda args=args: kernels.forward(*args)
+        yield name, lambda args=args, saved=saved: kernels.backward(args[0], *args, args[0], *saved)
 
 
 def attend(impl: str) -> Callable[..., Tensor]:
@@ -40,6 +41,12 @@ def test_any_shape(H: int, W: int, turned: bool, d: int, dv: int) -> None:
     heads = copies(1)  # each has one gate
     q, k, _, position, gate = data(1, heads, H, W, d)
     check_budget(attend("triton"), attend("reference"), [q, k, randn(1, heads, H, W, dv, seed=2), position, gate])
+
+
+def test_wide_heads_are_multiplied_in_parts() -> None:
+    q, k, _, position, gate = data(1, 2, 3, 17, 72)
+    tensors = [q, k, randn(1, 2, 3, 17, 128, seed=2), position, gate]
+    check_budget(attend("triton"), attend("reference"), tensors)
 
 
 def test_gates_of_zero_and_one() -> None:

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from visionattn.kernels._blocks import LOG2E, attention_configs, block, dot, load_rows, store_rows
+from visionattn.kernels._blocks import LOG2E, attention_configs, block, dot, load_rows, products, store_rows
 from visionattn.kernels._launch import Config, launch
 from visionattn.kernels._layout import heads_last, rows
 from visionattn.kernels._softmax import load_stats, online_softmax, store_stats
@@ -276,7 +276,8 @@ def _axis_backward(
             weights = tl.exp2(tl.where(valid, past * (linear + square * both) * log2e, float("-inf")))
             weights *= inverse[None, :]
             result = dot(weights.to(grads.dtype), grads, result)
-            dweights = weights * dot(values, tl.trans(grads))
+            x_at, dy_at = at.to(tl.int64) * x_i, i.to(tl.int64) * dy_i
+            dweights = weights * products(values, grads, x, x_at, at < size, dy, dy_at, i < size, DV, BLOCK_DV)
             dlinear += tl.sum(dweights * (past - mean[None, :]), 1)
             dsquare += tl.sum(dweights * (past * both - mean_square[None, :]), 1)
         store_rows(dx, at, dx_i, at < size, result, DV, BLOCK_DV)
