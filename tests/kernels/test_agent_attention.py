@@ -13,10 +13,11 @@ from visionattn.testing import randn
 
 
 def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
-    """What is compiled ahead of time (`tests.kernels.aot`): heads of 32 and 64 channels, few and many agents."""
+    """What is compiled ahead of time (`tests.kernels.aot`): heads of 32 to 128 channels, few and many agents."""
     from visionattn.kernels import agent_attention as kernels
 
-    for d, a, side in ((64, 49, 14), (64, 9, 56), (32, 49, 28)):
+    wide = ((128, 49, 14),) if dtype == torch.float32 else ()
+    for d, a, side in ((64, 49, 14), (64, 9, 56), (32, 49, 28), *wide):
         x = torch.empty(2, 6, side**2 + 1, d, dtype=dtype, device="meta")
         agents, held = x[:, :, :a].clone(), x.new_empty(2, 6, a, d, dtype=torch.float32)
         bias = tuple(torch.empty(6, a, *n, device="meta") for n in ((7, 7), (side,), (side,), (1,)))
@@ -36,6 +37,11 @@ def test_is_right_with_bias() -> None:
 def test_is_right_without_bias() -> None:
     tensors = inputs(1, 2, (1, 1), 10, 17, 12)[:4]
     check_budget(run("triton", (1, 1)), run("reference", (1, 1)), tensors)
+
+
+def test_wide_heads_are_multiplied_in_parts() -> None:
+    size = (3, 6)
+    check_budget(run("triton", size), run("reference", size), inputs(1, 1, size, 1, 17, 128))
 
 
 @given(

@@ -10,15 +10,21 @@ import triton
 import triton.language as tl
 
 from visionattn.kernels._agent_bias import interpolate
-from visionattn.kernels._blocks import dot, load_rows, store_rows
+from visionattn.kernels._blocks import dot, load_rows, products, store_rows
 from visionattn.kernels._softmax import load_stats
 
 
 @triton.jit
 def _weights(own, other, own_x, other_y, bias, row_top, row_inverse, valid, scale2):
     """Weights and their gradients."""
-    attn = tl.exp2(dot(own, tl.trans(other)) * scale2 + bias - row_top) * row_inverse
-    return tl.where(valid, attn, 0.0), dot(own_x, tl.trans(other_y))
+    attn = _softmax(dot(own, tl.trans(other)), bias, row_top, row_inverse, valid, scale2)
+    return attn, dot(own_x, tl.trans(other_y))
+
+
+@triton.jit
+def _softmax(match, bias, row_top, row_inverse, valid, scale2):
+    """Weights from products."""
+    return tl.where(valid, tl.exp2(match * scale2 + bias - row_top) * row_inverse, 0.0)
 
 
 @triton.jit
@@ -158,9 +164,10 @@ def by_bias(
     for item in range(number, B, runs):
         b = tl.full((), item, tl.int64)
         group = b * heads + head
-        own = load_rows(tokens + b * t_b + head * t_h, n, t_n, n < N, D, BLOCK_D)
-        other = load_rows(agents + b * a_b + head * a_h, agent, a_n, agent < a, D, BLOCK_D)
-        own_x = load_rows(x + b * x_b + head * x_h, n, x_n, n < N, DV, BLOCK_DV)
+        t_at, x_at, a_at = tokens + b * t_b + head * t_h, x + b * x_b + head * x_h, agents + b * a_b + head * a_h
+        own = load_rows(t_at, n, t_n, n < N, D, BLOCK_D)
+        other = load_rows(a_at, agent, a_n, agent < a, D, BLOCK_D)
+        own_x = load_rows(x_at, n, x_n, n < N, DV, BLOCK_DV)
         other_y = load_rows(y, group * a + agent, DV, agent < a, DV, BLOCK_DV).to(own_x.dtype)
         if SPREAD:
             row_top, row_inverse = load_stats(stats, group * N + n[:, None], (n < N)[:, None])
@@ -168,7 +175,10 @@ def by_bias(
         else:
             row_top, row_inverse = load_stats(stats, group * a + agent[None, :], agent[None, :] < a)
             row_sum = tl.load(sums + group * a + agent, mask=agent < a, other=0.0)[None, :]
-        attn, dattn = _weights(own, other, own_x, other_y, bias, row_top, row_inverse, valid, scale2)
+        n_at, agent_at, y_at = n.to(tl.int64), agent.to(tl.int64), (group * a + agent) * DV
+        match = products(own, other, t_at, n_at * t_n, n < N, a_at, agent_at * a_n, agent < a, D, BLOCK_D)
+        attn = _softmax(match, bias, row_top, row_inverse, valid, scale2)
+        dattn = products(own_x, other_y, x_at, n_at * x_n, n < N, y, y_at, agent < a, DV, BLOCK_DV)
         total += attn * (dattn - row_sum)
     dbias += ((number * heads + head) * N + n)[:, None] * a + agent[None, :]
     tl.store(dbias, total, mask=valid)

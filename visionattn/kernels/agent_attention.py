@@ -224,6 +224,8 @@ def _configs(dtype: torch.dtype, width: int, agents: int, *, own: str, other: st
     config = attention_configs(dtype, max(width, 64), own=own, other=other)[0]
     if dtype != torch.float32:
         config = Config({own: 32, other: 16}, warps=4, stages=1)
+    elif width > 64:
+        config = Config({own: 16, other: 16}, warps=8, stages=1)
     blocks = {**config.blocks, "BLOCK_A": min(config.blocks["BLOCK_A"], block(agents))}
     return [Config(blocks, config.warps, config.stages)]
 
