@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ def main() -> int:
     parser.add_argument("--int8", action="store_true", help="with onnx: also write an 8-bit version, <out>.int8.onnx")
     parser.add_argument("--calibration", type=Path, help="with --int8: a folder of images that set its ranges")
     parser.add_argument("--calibration-images", type=int, default=256, help="how many of them")
+    parser.add_argument("--report", type=Path, help="write what was exported, and how far off it is, as JSON")
     parser.add_argument("--eval", type=Path, help="with --int8: class folders of images, for accuracy before and after")
     args = parser.parse_args()
     if args.int8 and (args.format != "onnx" or args.calibration is None):
@@ -51,6 +53,9 @@ def main() -> int:
             card={"data_config": subject.data_config, "label_names": subject.class_names},
         )  # fmt: skip
         print(written)
+        if args.report:
+            told = {"model": args.model} | asdict(written) | {"path": str(written.path)}
+            args.report.write_text(json.dumps(told, indent=1) + "\n")
         if args.int8:
             quantise(args, subject)
     except (

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from visionattn.analysis import cards, performance
+from visionattn.analysis import cards, exports, performance
 from visionattn.ops._crossovers import CROSSOVERS
 from visionattn.ops._ranks import RANKS
 
+EXPORTS = "benchmarks/exports.json"
 BUDGETS = (1.5, 3, 5, 8, 12, 20)  # GMACs of an image
 PARAGRAPH = "\n\n"
 PLACES = 3  # models to list for each
@@ -174,9 +175,37 @@ def measured(root: Path, page: Path) -> Iterator[str]:
         yield "Not measured."
 
 
+def exported(root: Path, page: Path) -> Iterator[str]:
+    """How many models of each family were exported to each format, and what stopped the others."""
+    data = json.loads((root / EXPORTS).read_text())
+    rows = data["rows"]
+    yield f"| family | {' | '.join(_form(*kind) for kind in exports.KINDS)} |"
+    yield f"|---|{'---|' * len(exports.KINDS)}"
+    for card in cards.read(root):
+        names = {v["model"] for v in card.variants}
+        cells = []
+        for kind in exports.KINDS:
+            tried = [r for r in rows if r["model"] in names and (r["format"], r["dynamic"]) == kind]
+            cells.append(f"{sum(not r['stopped'] for r in tried)} of {len(tried)}" if tried else "not tried")
+        yield f"| {card.front['family']} | {' | '.join(cells)} |"
+    written = [r for r in rows if not r["stopped"]]
+    machine = data["machine"]
+    yield ""
+    yield f"Models whose file was written and computes what the model does, of those tried; {len(written)} files in all, the"
+    yield f"largest error {max(r['largest_error'] for r in written):.0e} of the largest value. Random weights, by"
+    yield f"`python tools/check_exports.py` ({machine['device']}, torch {machine['torch']}, {machine['date']})."
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for r in rows:
+        if r["stopped"]:
+            reasons.setdefault((_form(r["format"], r["dynamic"]), r["stopped"]), []).append(f"`{r['model']}`")
+    for (form, why), models in sorted(reasons.items()):
+        yield ""
+        yield f"{form}: {', '.join(models)}: {why}."
+
+
 TABLES: dict[str, Callable[[Path, Path], Iterator[str]]] = {
     table.__name__: table
-    for table in (families, classification, detection, segmentation, latency, implementations, measured)
+    for table in (families, classification, detection, segmentation, latency, implementations, measured, exported)
 }
 
 
@@ -211,6 +240,10 @@ def _config(result: Row, match: re.Match[str]) -> str:
 def _cost(size: Row) -> list[str]:
     macs = size["macs"] / 1e9
     return [f"{size['params'] / 1e6:.0f}", f"{macs:.0f}" if macs else "not counted"]
+
+
+def _form(format: str, dynamic: str) -> str:
+    return f"`{format}`" + (", H and W open" if dynamic == "batch,size" else "")
 
 
 def _plain(card: cards.Card, any_size: bool = False) -> Iterator[Row]:

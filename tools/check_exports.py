@@ -1,0 +1,50 @@
+"""Export models in every format, compare each file with its model, and keep a row of what came out.
+
+The rows in benchmarks/exports.json come from `python tools/check_exports.py all --jobs 2 --out benchmarks/exports.json`; a
+run that was stopped goes on from the rows that the file holds.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import timm
+
+from visionattn.analysis import bench, exports, flops
+
+TOOL = Path(__file__).with_name("export.py")
+
+
+def main() -> int:
+    """Run the command line; the exit status is 1 if something was not exported."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", help="registered names, or `all`: this library's and timm's that it fuses")
+    parser.add_argument("--format", nargs="+", choices=dict.fromkeys(f for f, _ in exports.KINDS), help="all if none")
+    parser.add_argument("--dynamic", nargs="+", choices=dict.fromkeys(d for _, d in exports.KINDS), help="all if none")
+    parser.add_argument("--limit", type=float, default=900, help="seconds after which an export is stopped")
+    parser.add_argument("--jobs", type=int, default=1, help="how many run at once")
+    parser.add_argument("--out", type=Path, help="write the rows as JSON; what it holds already is not made again")
+    args = parser.parse_args()
+    names = flops.model_names() if args.models == ["all"] else args.models
+    unknown = [name for name in names if not timm.is_model(name)]
+    if unknown:
+        parser.error(f"no model is named {', '.join(unknown)}; visionattn.list_models() and timm.list_models() list them")
+    kinds = [
+        (f, d) for f, d in exports.KINDS
+        if (args.format is None or f in args.format) and (args.dynamic is None or d in args.dynamic)
+    ]  # fmt: skip
+    where = bench.machine("cpu")
+    try:
+        known = bench.read(args.out, where)["rows"] if args.out else []
+    except ValueError as e:
+        parser.error(str(e))
+    rows = []
+    for row in exports.survey(TOOL, names, kinds, known=known, limit_s=args.limit, jobs=args.jobs):
+        rows.append(row)
+        if args.out:  # after every row: a run that is stopped keeps what it made
+            bench.write(args.out, where, rows, append=True, keys=exports.KEYS)
+    return int(any(row.stopped for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
