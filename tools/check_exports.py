@@ -1,7 +1,7 @@
 """Export models in every format, compare each file with its model, and keep a row of what came out.
 
-The rows in benchmarks/exports.json come from `python tools/check_exports.py all --jobs 2 --out benchmarks/exports.json`; a
-run that was stopped goes on from the rows that the file holds.
+The rows in benchmarks/exports.json come from `python tools/check_exports.py NAMES --out benchmarks/exports.json`; a run
+that was stopped goes on from the rows that the file holds.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def main() -> int:
     names = flops.model_names() if args.models == ["all"] else args.models
     unknown = [name for name in names if not timm.is_model(name)]
     if unknown:
-        parser.error(f"no model is named {', '.join(unknown)}; visionattn.list_models() and timm.list_models() list them")
+        parser.error(f"no model is named {', '.join(unknown)}; timm.list_models() lists them, after import visionattn")
     kinds = [
         (f, d) for f, d in exports.KINDS
         if (args.format is None or f in args.format) and (args.dynamic is None or d in args.dynamic)

@@ -191,9 +191,11 @@ def exported(root: Path, page: Path) -> Iterator[str]:
     written = [r for r in rows if not r["stopped"]]
     machine = data["machine"]
     yield ""
-    yield f"Models whose file was written and computes what the model does, of those tried; {len(written)} files in all, the"
-    yield f"largest error {max(r['largest_error'] for r in written):.0e} of the largest value. Random weights, by"
-    yield f"`python tools/check_exports.py` ({machine['device']}, torch {machine['torch']}, {machine['date']})."
+    worst = max(r["largest_error"] for r in written)
+    yield "Models whose file was written and computes what the model does, of those tried; in all"
+    yield f"{len(written)} files, the largest error {worst:.0e} of the largest value."
+    yield f"Random weights, by `python tools/check_exports.py` ({machine['device']}, torch {machine['torch']},"
+    yield f"{machine['date']})."
     reasons: dict[tuple[str, str], list[str]] = {}
     for r in rows:
         if r["stopped"]:

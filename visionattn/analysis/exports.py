@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from visionattn.analysis.export import FORMATS
 
 # What can be asked of each format: an open batch, or open H and W too.
@@ -39,7 +41,7 @@ def survey(
     tool: Path, models: Sequence[str], kinds: Iterable[tuple[str, str]] = KINDS, *,
     known: Sequence[Mapping[str, Any]] = (), limit_s: float = 900.0, jobs: int = 1, log: Log = print,
 ) -> Iterator[ExportRow]:  # fmt: skip
-    """Export models with random weights by ``tools/export.py``, each in a process of its own, and keep none of the files.
+    """Export models of random weights by ``tools/export.py``, each in a process of its own, and keep none of the files.
 
     Args:
         tool: The path of ``tools/export.py``.
@@ -52,7 +54,7 @@ def survey(
     """
     done = {tuple(row[k] for k in KEYS) for row in known}
     wanted = [key for key in ((m, f, d) for f, d in kinds for m in models) if key not in done]
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = max(1, torch.get_num_threads() // jobs)
     with ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(_export, tool, *key, limit_s, threads) for key in wanted]
         try:
