@@ -187,7 +187,7 @@ def exported(root: Path, page: Path) -> Iterator[str]:
         for kind in exports.KINDS:
             tried = [r for r in rows if r["model"] in names and (r["format"], r["dynamic"]) == kind]
             cells.append(f"{sum(not r['stopped'] for r in tried)} of {len(tried)}" if tried else "not tried")
-        yield f"| {card.front['family']} | {' | '.join(cells)} |"
+        yield f"| {card.front['family']}, {len(names)} models | {' | '.join(cells)} |"
     written = [r for r in rows if not r["stopped"]]
     machine = data["machine"]
     yield ""
