@@ -19,6 +19,7 @@ from timm.models.shvit import SHSA
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from visionattn.layers.padding import pad_to_windows
 from visionattn.models._davit import (
     FusedChannelAttention,
     FusedChannelAttentionV2,
@@ -218,10 +219,9 @@ class FusedPartitionAttention(PartitionAttentionCl):
     def forward(self, x: Tensor) -> Tensor:
         """Mix the map ``(B, H, W, C)`` in windows or over a grid."""
         _, H, W, _ = x.shape
-        y = self.norm1(x)
         height, width = self.partition_size
-        if H % height or W % width:  # behind the norm: padded tokens are keys and values of the bias
-            y = F.pad(y, (0, 0, 0, -W % width, 0, -H % height))
+        # Padded behind the norm: padded tokens are keys and values of the bias.
+        y = pad_to_windows(self.norm1(x), height, width)
         attn = self.attn
         qkv = attn.qkv(y)
         if attn.head_first:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from timm.models.davit import SpatialBlock
 from torch import nn
 
 import visionattn
@@ -83,6 +84,20 @@ def test_logits_scaled_by_the_number_of_tokens_export_with_an_open_size() -> Non
         close(program, model, 1, 3, *size)
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_maps_padded_to_windows_export_with_an_open_size() -> None:
+    arch = {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 32, 32), "num_heads": (1, 1, 1, 1)}
+    model = timm.create_model("davit_tiny", num_classes=7, **arch)
+    for block in (m for m in model.modules() if isinstance(m, SpatialBlock)):
+        torch.nn.init.normal_(block.attn.qkv.bias)  # what padded tokens are
+    model = visionattn.fuse(model.eval())
+    program = exporting._program(model, (224, 224), True).module(check_guards=False)
+    assert not model._forward_pre_hooks
+    for size in ((224, 224), (256, 320)):
+        close(program, model, 1, 3, *size)
+
+
 @torch.no_grad()
 def test_torchscript_takes_other_batches(tmp_path) -> None:
     model = tiny("biformer", depths=(1, 1, 1, 1))
@@ -122,7 +137,7 @@ def test_an_exporter_that_fails_is_quoted_and_leaves_nothing(tmp_path, monkeypat
 
 def test_what_cannot_be_exported_is_said_first(tmp_path) -> None:
     out = tmp_path / "model"
-    with pytest.raises(ValueError, match="a trace is for one size"):
+    with pytest.raises(ValueError, match="torchscript leaves no H and W open: export to onnx or pt2"):
         export(vit(), out, format="torchscript", size=(64, 64), dynamic_size=True)
     with pytest.raises(ValueError, match="multiples of 32 from 64 up, the images are 64 x 72"):
         export(vit(), out, format="onnx", size=(64, 72), dynamic_size=True)

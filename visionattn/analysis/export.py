@@ -2,13 +2,13 @@
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from visionattn.analysis.folder import FolderError, replace_folder, write_folder
 from visionattn.analysis.quantize import INSTALL, Run, session
@@ -18,6 +18,7 @@ from visionattn.testing import randn
 
 Format = Literal["onnx", "torchscript", "pt2", "safetensors"]
 FORMATS: tuple[str, ...] = get_args(Format)
+OPEN_SIZE = ("onnx", "pt2")  # formats that may leave H and W open, not the batch alone
 STEP = 32  # a size that is left open takes multiples of this
 TOLERANCE = 1e-4  # of the largest value
 
@@ -104,8 +105,8 @@ def export(
 def _check(model: nn.Module, format: str, size: Size, dynamic_size: bool) -> None:
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}; got {format!r}")
-    if dynamic_size and format == "torchscript":
-        raise ValueError("a trace is for one size of image: with an open H and W, export to onnx or pt2")
+    if dynamic_size and format not in OPEN_SIZE:
+        raise ValueError(f"{format} leaves no H and W open: export to {' or '.join(OPEN_SIZE)}")
     if dynamic_size and (size[0] % STEP or size[1] % STEP or min(size) < 2 * STEP):
         raise ValueError(
             f"an open H and W takes multiples of {STEP} from {2 * STEP} up, the images are {size[0]} x {size[1]}; "
@@ -177,7 +178,15 @@ def _program(model: nn.Module, size: Size, dynamic_size: bool) -> torch.export.E
         # Traced at a size that no table of the model is for, so that the general way is recorded.
         size = (size[0] + 2 * STEP, size[1] + 5 * STEP)
     example = randn(2, int(getattr(model, "in_chans", 3)), *size)  # tracers take a size of one for a constant
-    return torch.export.export(model, (example,), dynamic_shapes=(axes,))
+    hook = model.register_forward_pre_hook(_in_steps) if dynamic_size else nullcontext()
+    with hook:
+        return torch.export.export(model, (example,), dynamic_shapes=(axes,))
+
+
+def _in_steps(_: nn.Module, images: tuple[Tensor]) -> Tensor:
+    """Write H and W of the images as multiples of a step: what is computed from them later then stays short."""
+    (x,) = images
+    return x.narrow(2, 0, x.shape[2] // STEP * STEP).narrow(3, 0, x.shape[3] // STEP * STEP)
 
 
 def _onnx(model: nn.Module, path: Path, size: Size, dynamic_size: bool) -> Run:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visionattn.layers.inference import add_in_place, overwritable
+from visionattn.layers.padding import pad_to_windows
 from visionattn.ops import channel_attention, get_impl, window_attention
 from visionattn.ops._autocast import autocast_dtype
 
@@ -75,9 +76,9 @@ class FusedSpatialBlock(SpatialBlock):
     def forward(self, x: Tensor) -> Tensor:
         """Mix the map ``(B, C, H, W)`` in windows."""
         x = self.cpe1(x).permute(0, 2, 3, 1).contiguous()  # (B, H, W, C), mostly without a copy
-        height, width = self.window_size
-        whole = x.shape[1] % height == x.shape[2] % width == 0
         if overwritable(x, self.cpe1, self.norm1):  # rows of windows know nothing of each other
+            height, width = self.window_size
+            whole = x.shape[1] % height == x.shape[2] % width == 0
             add_in_place(x.view(-1, height, *x.shape[2:]) if whole else x, self._attend, width=3)
         else:
             y = self._attend(x)
@@ -86,10 +87,9 @@ class FusedSpatialBlock(SpatialBlock):
 
     def _attend(self, x: Tensor) -> Tensor:
         _, H, W, _ = x.shape
-        y = self.norm1(x)
         height, width = self.window_size
-        if H % height or W % width:  # behind the norm: padded tokens are keys and values of the bias
-            y = F.pad(y, (0, 0, 0, -W % width, 0, -H % height))
+        # Padded behind the norm: padded tokens are keys and values of the bias.
+        y = pad_to_windows(self.norm1(x), height, width)
         if y.device.type != "cpu" or get_impl() != "auto":  # kernels read windows where they lie
             return self._mix(y)[:, :H, :W]
         # Copies are made of the tokens here, not of the three tensors that are made of them.

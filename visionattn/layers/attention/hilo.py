@@ -3,6 +3,7 @@
 from torch import Tensor, cat, nn
 from torch.nn import functional as F
 
+from visionattn.layers.padding import pad_to_windows
 from visionattn.ops import Impl, window_attention
 
 
@@ -52,7 +53,7 @@ class HiLoAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         _, H, W, _ = x.shape
         s = self.window
-        padded = F.pad(x, (0, 0, 0, -W % s, 0, -H % s)) if H % s or W % s else x
+        padded = pad_to_windows(x, s, s)
         if not self.l_heads:
             return self._high(padded)[:, :H, :W]
         low = self._low(x, padded)

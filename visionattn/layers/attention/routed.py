@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visionattn.layers.channels_last import depthwise
+from visionattn.layers.padding import lacking
 from visionattn.ops import Impl, routed_attention, topk_regions
 
 
@@ -75,12 +76,12 @@ class RoutingAttention(nn.Module):
         H, W = x.shape[1:3]
         n = self.n_win
         if self.padding == "input":
-            qkv = self.qkv(F.pad(x, (0, 0, 0, -W % n, 0, -H % n)))
+            qkv = self.qkv(F.pad(x, (0, 0, 0, lacking(W, n), 0, lacking(H, n))))
             return qkv, self.lepe(qkv.chunk(3, dim=-1)[2]), (n, n)
         h, w = max(1, H // n), max(1, W // n)
         qkv = self.qkv(x)
         lepe = self.lepe(qkv.chunk(3, dim=-1)[2])
-        return F.pad(qkv, (0, 0, 0, -W % w, 0, -H % h)), lepe, (-(-H // h), -(-W // w))
+        return F.pad(qkv, (0, 0, 0, lacking(W, w), 0, lacking(H, h))), lepe, ((H + h - 1) // h, (W + w - 1) // w)
 
     def _route(self, q: Tensor, k: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
         return topk_regions(q, k, grid=grid, topk=self.topk, valid=size if self.padding == "qkv" else None)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visionattn.layers.channels_last import depthwise
+from visionattn.layers.padding import lacking, pad_to_windows
 from visionattn.ops import Impl
 from visionattn.ops.window_attention import window_attention
 
@@ -55,9 +56,7 @@ class WindowAttention(nn.Module):
         _, H, W, _ = x.shape
         w = self.window
         shift = self.shift if self.shift_single or min(H, W) > w else 0
-        if H % w or W % w:
-            x = F.pad(x, (0, 0, 0, -W % w, 0, -H % w))
-        q, k, v = _heads(self.qkv(x), self.num_heads)
+        q, k, v = _heads(self.qkv(pad_to_windows(x, w, w)), self.num_heads)
         y = window_attention(q, k, v, window=w, bias=self.bias.get_bias()[0], shift=shift, impl=self.impl)
         return self.proj(y.permute(0, 2, 3, 1, 4).flatten(3)[:, :H, :W])
 
@@ -99,7 +98,7 @@ class StripeAttention(nn.Module):
         """Attend in windows of ``(B, H, W, 3, c)``, whose sides are ``window`` or the map's: ``(B, H, W, c)``."""
         _, H, W, _, _ = qkv.shape
         wh, ww = window
-        more_h, more_w = -H % wh, -W % ww
+        more_h, more_w = lacking(H, wh), lacking(W, ww)
         top, left = more_h // 2, more_w // 2
         if more_h or more_w:
             qkv = F.pad(qkv, (0, 0, 0, 0, left, more_w - left, top, more_h - top))
