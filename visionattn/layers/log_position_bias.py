@@ -50,7 +50,7 @@ class LogPositionBias(nn.Module):
         made_for, made_pooled = self.bias_size or (size, pooled)
         y, x = (self._axis(n, p) for n, p in zip(made_for, made_pooled, strict=True))
         table = self._keep("table", (made_for, made_pooled), lambda: self._table(y[0], x[0]))  # (distances, heads)
-        index = y[1][:, None, :, None] * x[0].shape[0] + x[1][None, :, None, :]  # (H, W, h, w)
+        index = y[1][:, None, :, None] * x[0].shape[0] + x[1].unsqueeze(1)  # (H, W, h, w)
         bias = table.t().index_select(1, index.flatten())
         bias = bias.view(-1, pooled_tokens(made_for), pooled_tokens(made_pooled))
         if made_pooled != pooled:

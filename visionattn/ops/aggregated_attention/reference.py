@@ -51,5 +51,5 @@ def windows(x: Tensor, window: int) -> Tensor:
     H, W = x.shape[2:4]
     r = window // 2
     x = F.pad(x, (0, 0, r, r, r, r))
-    shifted = [x[:, :, y : y + H, z : z + W] for y in range(window) for z in range(window)]
-    return torch.stack(shifted, dim=-2)
+    rows = [x.narrow(2, y, H) for y in range(window)]
+    return torch.stack([row.narrow(3, z, W) for row in rows for z in range(window)], dim=-2)
