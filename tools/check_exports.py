@@ -1,7 +1,7 @@
 """Export models in every format, compare each file with its model, and keep a row of what came out.
 
 The rows in benchmarks/exports.json come from `python tools/check_exports.py NAMES --out benchmarks/exports.json`; a run
-that was stopped goes on from the rows that the file holds.
+that was stopped goes on from the rows that the file holds, on any machine and day with the same versions.
 """
 
 import argparse
@@ -35,14 +35,14 @@ def main() -> int:
     ]  # fmt: skip
     where = bench.machine("cpu")
     try:
-        known = bench.read(args.out, where)["rows"] if args.out else []
+        known = bench.read(args.out, where, same=exports.SAME)["rows"] if args.out else []
     except ValueError as e:
         parser.error(str(e))
     rows = []
     for row in exports.survey(TOOL, names, kinds, known=known, limit_s=args.limit, jobs=args.jobs):
         rows.append(row)
         if args.out:  # after every row: a run that is stopped keeps what it made
-            bench.write(args.out, where, rows, append=True, keys=exports.KEYS)
+            bench.write(args.out, where, rows, append=True, keys=exports.KEYS, same=exports.SAME)
     return int(any(row.stopped for row in rows))
 
 

@@ -1,3 +1,5 @@
+import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -28,7 +30,7 @@ def test_every_format_of_a_model_is_tried(tmp_path, monkeypatch, capsys) -> None
         with pytest.raises(SystemExit) as end:
             runpy.run_path(str(TOOLS / "check_exports.py"), run_name="__main__")
         assert end.value.code == 0
-    rows = bench.read(out, bench.machine("cpu"))["rows"]
+    rows = json.loads(out.read_text())["rows"]
     assert [(r["model"], r["format"], r["stopped"]) for r in rows] == [
         ("infvit_4l_linear", "torchscript", ""), ("infvit_4l_linear", "safetensors", ""),
     ]  # fmt: skip
@@ -56,6 +58,20 @@ def test_an_export_that_does_not_end_is_stopped(tmp_path) -> None:
     tool = fake(tmp_path, "time.sleep(600)")
     (row,) = survey(tool, ["slow"], [("pt2", "batch,size")], limit_s=1, log=lambda _: None)
     assert row.stopped == "not finished in 1 s"
+
+
+def test_a_survey_goes_on_elsewhere_by_the_same_versions_alone(tmp_path) -> None:
+    here = bench.machine("cpu")
+    there = {**here, "device": "another", "date": "2000-01-01"}
+    rows = [exports.ExportRow("a", "onnx", "batch"), exports.ExportRow("b", "onnx", "batch")]
+    out = tmp_path / "exports.json"
+    for where, row in zip((there, here), rows, strict=True):
+        bench.write(out, where, [row], append=True, keys=exports.KEYS, same=exports.SAME)
+    held = bench.read(out, there, same=exports.SAME)
+    assert (held["machine"], [r["model"] for r in held["rows"]]) == (here, ["a", "b"])
+    for name in exports.SAME:
+        with pytest.raises(ValueError, match=re.escape(f"'{name}': '{here[name]}'")):
+            bench.read(out, {**here, name: "0.0"}, same=exports.SAME)
 
 
 def test_rows_that_are_known_are_not_made_again(tmp_path) -> None:

@@ -343,17 +343,25 @@ def peak_bytes(call: Callable[[], object], device: str, *, warm_up: bool = True)
     return peak
 
 
-def read(path: Path, where: Mapping[str, Any]) -> dict[str, Any]:
+def read(path: Path, where: Mapping[str, Any], *, same: Sequence[str] | None = None) -> dict[str, Any]:
     """Return what `write` wrote, or a file without rows if there is none.
 
+    Args:
+        path: The file.
+        where: What `machine` said.
+        same: The entries of ``where`` that rows of one file share; all of them if None.
+
     Raises:
-        ValueError: the rows in the file were measured on another machine, by other versions or on another day.
+        ValueError: the rows in the file were made on another machine, by other versions or on another day.
     """
     if not path.exists():
         return {"machine": where, "rows": []}
     old: dict[str, Any] = json.loads(path.read_text())
-    if old["machine"] != dict(where):
+    if same is None and old["machine"] != dict(where):
         raise ValueError(f"{path} is from another machine, versions or day: {old['machine']}; this is {dict(where)}")
+    theirs, ours = ({key: said.get(key) for key in same or ()} for said in (old["machine"], where))
+    if theirs != ours:
+        raise ValueError(f"{path} is by other versions: {theirs}; these are {ours}")
     return old
 
 
@@ -369,6 +377,7 @@ def write(
     *,
     append: bool = False,
     keys: Sequence[str] = KEYS,
+    same: Sequence[str] | None = None,
     **more: Any,
 ) -> None:
     """Write rows and the machine as JSON.
@@ -379,14 +388,15 @@ def write(
         rows: What was measured: dataclasses of one kind, such as `Row`.
         append: Keep the rows that are in the file already, but for those measured again.
         keys: Fields that tell rows apart.
+        same: As for `read`.
         **more: Further entries of the file.
 
     Raises:
-        ValueError: the rows in the file were measured on another machine, by other versions or on another day.
+        ValueError: the rows in the file were made on another machine, by other versions or on another day.
     """
     new = as_dicts(rows)
-    old: dict[str, Any] = read(path, where) if append else {"machine": where, "rows": []}
+    old: dict[str, Any] = read(path, where, same=same) if append else {"machine": where, "rows": []}
     again = {tuple(row[k] for k in keys) for row in new}
     kept = [row for row in old["rows"] if tuple(row[k] for k in keys) not in again]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**old, **more, "rows": kept + new}, indent=1) + "\n")
+    path.write_text(json.dumps({**old, **more, "machine": dict(where), "rows": kept + new}, indent=1) + "\n")

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from visionattn.analysis.export import FORMATS
+from visionattn.analysis.export import FORMATS, OPEN_SIZE
 
 # What can be asked of each format: an open batch, or open H and W too.
-KINDS = tuple((f, d) for f in FORMATS for d in ("batch", "batch,size") if d == "batch" or f in ("onnx", "pt2"))
+KINDS = tuple((f, d) for f in FORMATS for d in ("batch", "batch,size") if d == "batch" or f in OPEN_SIZE)
 KEYS = ("model", "format", "dynamic")
+SAME = ("torch", "timm", "visionattn", "python")  # of the machine: what the rows of one file share
 
 Log = Callable[[str], None]
 
@@ -30,7 +31,6 @@ class ExportRow:
     model: str
     format: str
     dynamic: str  # "batch" or "batch,size"
-    seconds: float
     megabytes: float | None = None
     largest_error: float | None = None  # over the largest value
     smallest: int | None = None  # the least H and W, where they are open
@@ -59,15 +59,16 @@ def survey(
         futures = [pool.submit(_export, tool, *key, limit_s, threads) for key in wanted]
         try:
             for number, future in enumerate(as_completed(futures), 1):
-                row = future.result()
+                row, seconds = future.result()
                 how = row.stopped or f"off by {row.largest_error:.0e}"
-                log(f"{number} of {len(wanted)}: {row.model}, {row.format}, {row.dynamic}: {how}, {row.seconds:.0f} s")
+                log(f"{number} of {len(wanted)}: {row.model}, {row.format}, {row.dynamic}: {how}, {seconds:.0f} s")
                 yield row
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _export(tool: Path, model: str, format: str, dynamic: str, limit_s: float, threads: int) -> ExportRow:
+def _export(tool: Path, model: str, format: str, dynamic: str, limit_s: float, threads: int) -> tuple[ExportRow, float]:
+    """Return the row, and the seconds that it took."""
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="export-") as folder:
         report = Path(folder) / "report.json"
@@ -79,12 +80,12 @@ def _export(tool: Path, model: str, format: str, dynamic: str, limit_s: float, t
                 timeout=limit_s, check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
-            return ExportRow(model, format, dynamic, round(limit_s, 1), stopped=f"not finished in {limit_s:g} s")
-        seconds = round(time.perf_counter() - begun, 1)
+            return ExportRow(model, format, dynamic, stopped=f"not finished in {limit_s:g} s"), limit_s
+        seconds = time.perf_counter() - begun
         if ended.returncode:
             lines = [*ended.stderr.strip().splitlines(), f"exit status {ended.returncode}"]
             why = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[-1])
-            return ExportRow(model, format, dynamic, seconds, stopped=why)
+            return ExportRow(model, format, dynamic, stopped=why), seconds
         said = json.loads(report.read_text())
     told = {key: said[key] for key in ("megabytes", "largest_error", "smallest")}
-    return ExportRow(model, format, dynamic, seconds, **told)
+    return ExportRow(model, format, dynamic, **told), seconds
