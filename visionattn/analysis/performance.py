@@ -71,7 +71,7 @@ def models(root: Path) -> Iterator[str]:
             cells = rivals.setdefault(rival.partition(", ")[0], {}).setdefault((row["subject"], how), {})
             cells[row["shape"]] = spread
     for rival, measured in rivals.items():
-        shapes = sorted(dict.fromkeys(shape for cells in measured.values() for shape in cells))
+        shapes = sorted({shape for cells in measured.values() for shape in cells}, key=_numbers)
         yield f"| model against {rival} | | {' | '.join(shapes)} |"
         yield "|---" * (len(shapes) + 2) + "|"
         for (model, how), cells in sorted(measured.items()):
@@ -154,6 +154,11 @@ def _growth(row: Row | None) -> str:
 
 def _race(row: Row) -> tuple[str, ...]:
     return row["subject"], row["shape"], row["direction"], row["dtype"]
+
+
+def _numbers(shape: str) -> list[int]:
+    """Sorts shapes by their sizes, not by their digits."""
+    return [int(number) for number in re.findall(r"\d+", shape)]
 
 
 def _span(ratios: list[float]) -> str:

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from visionattn.kernels._blocks import LOG2E, attention_configs, block, dot, dot_rows, load_rows, store_rows
+from visionattn.kernels._blocks import LOG2E, attention_configs, block, dot, load_rows, products, store_rows
 from visionattn.kernels._launch import Config, launch
 from visionattn.kernels._layout import heads_last, rows
 from visionattn.kernels._softmax import load_stats, online_softmax, store_stats
@@ -232,9 +232,9 @@ def _store(base, y, x, stride_y, stride_x, valid, rows, D: tl.constexpr, BLOCK_D
 
 
 @triton.jit
-def _logits(products, scale2, bias, same, query, key, n, BIASED: tl.constexpr):
-    """Masked logits from products; ``same`` says which pairs may attend, ``query`` and ``key`` their tokens."""
-    logits = products * scale2
+def _logits(match, scale2, bias, same, query, key, n, BIASED: tl.constexpr):
+    """Masked logits from products ``match``; ``same`` says which pairs may attend, ``query`` and ``key`` their tokens."""
+    logits = match * scale2
     if BIASED:
         logits += tl.load(bias + query * n + key, mask=same, other=0.0).to(tl.float32) * BIAS_UNIT
     return tl.where(same, logits, float("-inf"))
@@ -426,7 +426,6 @@ def _backward_bias(
     BIASED: tl.constexpr, GRID: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
-    WIDE: tl.constexpr = q.dtype.element_ty == tl.float32 and (BLOCK_D > 64 or BLOCK_DV > 64)
     n = window_h * window_w
     head, pid = (tl.program_id(0) % heads).to(tl.int64), tl.program_id(0) // heads
     across = tl.cdiv(n, BLOCK_S)
@@ -445,26 +444,21 @@ def _backward_bias(
         b, window = (item // windows).to(tl.int64), item % windows
         group, query, y, x = _slots(query_slot, window, H, W, window_h, window_w, shift_h, shift_w, PACK, GRID)
         other, key, ky, kx = _slots(key_slot, window, H, W, window_h, window_w, shift_h, shift_w, PACK, GRID)
-        if WIDE:
-            queries_at, keys_at = _at(y, x, q_y, q_x), _at(ky, kx, k_y, k_x)
-            products = dot_rows(q + b * q_b, queries_at, group >= 0, k + b * k_b, keys_at, other >= 0, D)
-        else:
-            queries = _load(q + b * q_b, y, x, q_y, q_x, group >= 0, D, BLOCK_D)
-            grads = _load(dout + b * do_b, y, x, do_y, do_x, group >= 0, DV, BLOCK_DV)
-            keys = _load(k + b * k_b, ky, kx, k_y, k_x, other >= 0, D, BLOCK_D)
-            values = _load(v + b * v_b, ky, kx, v_y, v_x, other >= 0, DV, BLOCK_DV)
-            products = dot(queries, tl.trans(keys))
+        q_rows, k_rows, do_rows, v_rows = q + b * q_b, k + b * k_b, dout + b * do_b, v + b * v_b
+        queries = _load(q_rows, y, x, q_y, q_x, group >= 0, D, BLOCK_D)
+        grads = _load(do_rows, y, x, do_y, do_x, group >= 0, DV, BLOCK_DV)
+        keys = _load(k_rows, ky, kx, k_y, k_x, other >= 0, D, BLOCK_D)
+        values = _load(v_rows, ky, kx, v_y, v_x, other >= 0, DV, BLOCK_DV)
+        q_at, k_at = _at(y, x, q_y, q_x), _at(ky, kx, k_y, k_x)
+        match = products(queries, keys, q_rows, q_at, group >= 0, k_rows, k_at, other >= 0, D, BLOCK_D)
         at = (b * heads + head) * H * W + window * n + query_slot
         top, inverse = load_stats(stats, at, group >= 0)
         delta = tl.load(deltas + at, mask=group >= 0, other=0.0)
         same = _pairs(group, other)
-        logits = _logits(products, scale2, bias, same, query[:, None], key[None, :], n, BIASED)
+        logits = _logits(match, scale2, bias, same, query[:, None], key[None, :], n, BIASED)
         attn = tl.exp2(logits - top[:, None]) * inverse[:, None]
-        if WIDE:
-            grads_at, values_at = _at(y, x, do_y, do_x), _at(ky, kx, v_y, v_x)
-            dattn = dot_rows(dout + b * do_b, grads_at, group >= 0, v + b * v_b, values_at, other >= 0, DV)
-        else:
-            dattn = dot(grads, tl.trans(values))
+        do_at, v_at = _at(y, x, do_y, do_x), _at(ky, kx, v_y, v_x)
+        dattn = products(grads, values, do_rows, do_at, group >= 0, v_rows, v_at, other >= 0, DV, BLOCK_DV)
         result += attn * (dattn - delta[:, None])
     sums += (split.to(tl.int64) * heads + head) * n * n
     inside = (query_slot < n)[:, None] & (key_slot < n)[None, :]
