@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from visionattn.ops._crossovers import ranked
+from visionattn.ops import _crossovers
 
 Impl = Literal["auto", "reference", "eager", "triton", "natten", "flex"]
 IMPLS: tuple[str, ...] = get_args(Impl)[1:]
@@ -122,11 +122,13 @@ def choose(op: str, impl: str, known: Mapping[str, ModuleType], *args: Any, **kw
     if impl == "auto":
         impl = _default
     if impl == "auto":
-        plain_only = exporting()
-        for name in known if plain_only else ranked(op, known, args[0]):
-            if name not in PLAIN and (plain_only or INTERPRET):  # the interpreter is too slow to be chosen
+        # Asked in few words: on the CPU a small call takes microseconds. Nothing but plain PyTorch is chosen there, as
+        # the interpreter of kernels is too slow.
+        plain_only = args[0].is_cpu or exporting()
+        for name in _crossovers.ranked(op, known, args[0]) if _crossovers.RANKS and not exporting() else known:
+            if name not in PLAIN and (plain_only or missing(name) is not None):
                 continue
-            if missing(name) is None and known[name].why_not(*args, **kwargs) is None:
+            if known[name].why_not(*args, **kwargs) is None:
                 return known[name]
         raise UnsupportedError(f"{op}: no implementation takes this input: {_reasons(known, *args, **kwargs)}")
     if impl not in IMPLS:

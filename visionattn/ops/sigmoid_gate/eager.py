@@ -13,4 +13,5 @@ def forward(y: Tensor, logits: Tensor, scale: float) -> Tensor:
     gate = logits.sigmoid()
     if scale != 1:
         gate = gate * scale  # under the same name: the memory of the first serves the product
-    return (y * gate).to(y.dtype)
+    gated = y * gate
+    return gated if gated.dtype == y.dtype else gated.to(y.dtype)

@@ -36,9 +36,8 @@ def forward(
         return _attend(q, k, v, window, bias, grid, scale)
     small = not exporting() and first_wins(MASK_WINS, q.numel(), q)  # exporters leave the batch open
     if small and first_wins(PRODUCTS_WIN, window[0] * window[1], q):
-        mask = _mask((q.shape[2], q.shape[3]), window, shift, q)
         q, k, v = (x.roll((-shift[0], -shift[1]), dims=(2, 3)) for x in (q, k, v))
-        return _attend(q, k, v, window, bias, grid, scale, mask).roll(shift, dims=(2, 3))
+        return _attend(q, k, v, window, bias, grid, scale, shift).roll(shift, dims=(2, 3))
     row_zones, col_zones = (_zones(q.shape[2 + i], window[i], shift[i]) for i in range(2))
     rows = []
     for (_, top, wh), *row in zip(row_zones, *(_split(x, row_zones, dim=2) for x in (q, k, v)), strict=True):
@@ -64,25 +63,24 @@ def _split(x: Tensor, zones: list[Zone], dim: int) -> tuple[Tensor, ...]:
     return x.split([zone[0] for zone in zones], dim=dim)  # unlike slices, one concatenation in the backward pass
 
 
-def _mask(size: Size, window: Size, shift: Size, like: Tensor) -> Tensor:
-    """``-inf`` between the tokens of a rolled window that come from opposite sides of the map: ``(P, 1, n, n)``."""
-    axes = []
-    for s, w, by in zip(size, window, shift, strict=True):
-        axis = like.new_zeros(s // w, w, w)
+def _forbid(logits: Tensor, window: Size, shift: Size) -> None:
+    """Write ``-inf`` between tokens that a roll brought together from opposite sides: ``(B, gh, gw, h, n, n)``."""
+    # Not recorded: a weight of zero has no gradient in any case.
+    logits = logits.detach().unflatten(5, window).unflatten(4, window)
+    for axis, (side, by) in enumerate(zip(window, shift, strict=True)):
         if by:  # the last windows hold both sides
-            axis[-1, : w - by, w - by :] = axis[-1, w - by :, : w - by] = -math.inf
-        axes.append(axis)
-    rows, cols = axes
-    return (rows[:, None, :, None, :, None] + cols[:, None, :, None]).flatten(4).flatten(2, 3).flatten(0, 1)[:, None]
+            last, query, key = logits.select(1 + axis, -1), 3 + axis, 5 + axis
+            last.narrow(query, 0, side - by).narrow(key, side - by, by).fill_(-math.inf)
+            last.narrow(query, side - by, by).narrow(key, 0, side - by).fill_(-math.inf)
 
 
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, window: Size, bias: Tensor | None, grid: bool, scale: float,
-    mask: Tensor | None = None,
+    shift: Size = (0, 0),
 ) -> Tensor:  # fmt: skip
     B, h, H, W, _ = q.shape
     wh, ww = window
-    if window == (H, W) and bias is mask is None:  # nothing is cut: fused attention without a bias needs no copies
+    if window == (H, W) and bias is None and shift == (0, 0):  # nothing is cut: fused attention needs no copies
         q, k, v = (x.flatten(2, 3) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, scale=scale).unflatten(2, window)
     count, n = (H // wh) * (W // ww), wh * ww
@@ -94,13 +92,13 @@ def _attend(
         x.view(B, h, *split[0], *split[1], x.shape[-1]).permute(to_windows).reshape(B * count, h, n, x.shape[-1])
         for x in (q, k, v)
     )  # (B * P, h, n, d)
-    if mask is not None or first_wins(PRODUCTS_WIN, n, q):
+    if first_wins(PRODUCTS_WIN, n, q):
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (B * P * h, n, d)
         logits = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scale)  # scaled in passing
         if bias is not None:
-            logits = logits.view(-1, h, n, n).add_(bias).flatten(0, 1)
-        if mask is not None:
-            logits = logits.view(B, count, h, n, n).add_(mask).flatten(0, 2)
+            logits = (logits.view(-1, h, n, n) + bias).flatten(0, 1)  # in place, a view's gradient would be copied
+        if shift != (0, 0):
+            _forbid(logits.view(B, H // wh, W // ww, h, n, n), window, shift)
         out = torch.bmm(logits.softmax(dim=-1), v)
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
