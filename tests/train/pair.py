@@ -119,7 +119,7 @@ def main(folder: Path) -> None:
         families = [family for family in FAMILIES if kind != "zero" or family not in SCALARS]
         found[kind] = {family: losses(recipe(family, folder, kind)) for family in families}
         found[kind]["accumulated"] = losses(recipe("mala", folder, kind, grad_accum_steps=2))
-        # Unclipped: a norm over shards is summed in another order, and its last bit is rounded up to whole ones of bf16.
+        # Unclipped: a norm over shards is summed in another order, and bf16 makes much of its last bit.
         found[kind]["bf16"] = losses(recipe("mala", folder, kind, amp="bf16", clip_grad=None))
         found[kind]["checkpointed"] = losses(recipe("mala", folder, kind, grad_checkpointing=True, drop_path=0.2))
         stopped_and_resumed(folder, kind)

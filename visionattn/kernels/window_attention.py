@@ -233,7 +233,7 @@ def _store(base, y, x, stride_y, stride_x, valid, rows, D: tl.constexpr, BLOCK_D
 
 @triton.jit
 def _logits(match, scale2, bias, same, query, key, n, BIASED: tl.constexpr):
-    """Masked logits from products ``match``; ``same`` says which pairs may attend, ``query`` and ``key`` their tokens."""
+    """Masked logits from products; ``same`` says which pairs may attend, ``query`` and ``key`` their tokens."""
     logits = match * scale2
     if BIASED:
         logits += tl.load(bias + query * n + key, mask=same, other=0.0).to(tl.float32) * BIAS_UNIT
