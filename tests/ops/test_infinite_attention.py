@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -5,7 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from visionattn.analysis.bench import peak_bytes
-from visionattn.ops import UnsupportedError, _tiles, infinite_attention, use_impl
+from visionattn.ops import UnsupportedError, _crossovers, _tiles, infinite_attention, use_impl
+from visionattn.ops.infinite_attention.eager import WHOLE_WINS
 from visionattn.testing import assert_within_budget, check_operator, poisoned, randn
 
 # heads, queries, keys, channels, channels of values: many tiles, one query, odd sizes, more queries than keys
@@ -14,6 +17,13 @@ RHO = torch.tensor(0.9)
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 every_form = pytest.mark.parametrize("form", ["pure", "linear"])
 every_impl = pytest.mark.parametrize("impl", ["reference", "eager"])
+
+
+@pytest.fixture(params=[0, math.inf], ids=["tiles", "whole"])
+def scoring(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores in the way of large maps, and in that of small ones."""
+    way = _crossovers.Crossover(request.param, "test")
+    monkeypatch.setitem(_crossovers.CROSSOVERS, (WHOLE_WINS, "cpu", None), way)
 
 
 def data(heads: int, N: int, S: int, d: int, dv: int, batch: int = 2) -> list[Tensor]:
@@ -43,6 +53,7 @@ def authors(q: Tensor, k: Tensor, v: Tensor, rho: Tensor, form: str) -> Tensor:
 @every_form
 @every_impl
 @every_shape
+@pytest.mark.usefixtures("scoring")
 def test_is_the_published_formula(shape, impl: str, form: str) -> None:
     tensors = [x.double() for x in data(*shape)]
     actual = infinite_attention(*tensors, form=form, impl=impl)
@@ -51,6 +62,7 @@ def test_is_the_published_formula(shape, impl: str, form: str) -> None:
 
 @every_form
 @every_shape
+@pytest.mark.usefixtures("scoring")
 def test_eager_is_right(shape, form: str) -> None:
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     check_operator(attend("eager", form), attend("reference", form), data(*shape)[:3], dtypes=dtypes)
@@ -58,6 +70,7 @@ def test_eager_is_right(shape, form: str) -> None:
 
 @every_shape
 def test_tiles_of_any_size_agree(shape, monkeypatch) -> None:
+    monkeypatch.delitem(_crossovers.CROSSOVERS, (WHOLE_WINS, "cpu", None))
     for size in (1, 3000, 2**30):
         monkeypatch.setattr(_tiles, "TILE_BYTES", size)
         assert_within_budget(attend("eager", "pure"), attend("reference", "pure"), data(*shape)[:3])
@@ -65,6 +78,7 @@ def test_tiles_of_any_size_agree(shape, monkeypatch) -> None:
 
 @every_form
 @every_impl
+@pytest.mark.usefixtures("scoring")
 def test_gradcheck(impl: str, form: str, monkeypatch) -> None:
     monkeypatch.setattr(_tiles, "TILE_BYTES", 100)
     q, k, v, _ = (x.double().requires_grad_() for x in data(2, 4, 5, 3, 2, batch=1))
@@ -94,12 +108,10 @@ def test_opcheck() -> None:
 @settings(max_examples=25, deadline=None)
 def test_any_shape_and_nothing_left_unwritten(N, S, heads, dim, tile) -> None:
     tensors = data(heads, N, S, dim, dim + 1)
-    before, _tiles.TILE_BYTES = _tiles.TILE_BYTES, tile
-    try:
-        with poisoned():
-            y = infinite_attention(*tensors, impl="eager")
-    finally:
-        _tiles.TILE_BYTES = before
+    with pytest.MonkeyPatch.context() as patch, poisoned():
+        patch.setattr(_tiles, "TILE_BYTES", tile)
+        patch.delitem(_crossovers.CROSSOVERS, (WHOLE_WINS, "cpu", None))
+        y = infinite_attention(*tensors, impl="eager")
     torch.testing.assert_close(y, infinite_attention(*tensors, impl="reference"), rtol=1e-4, atol=1e-6)
 
 
@@ -140,6 +152,7 @@ def test_items_and_heads_do_not_mix(impl: str, form: str) -> None:
 
 @every_form
 @every_impl
+@pytest.mark.usefixtures("scoring")
 def test_scores_that_are_all_negative_give_zero_and_finite_gradients(impl: str, form: str) -> None:
     q, k = torch.ones(1, 1, 4, 2, requires_grad=True), -torch.ones(1, 1, 4, 2)
     y = infinite_attention(q, k.requires_grad_(), torch.ones(1, 1, 4, 2), torch.tensor(0.9), form=form, impl=impl)
@@ -151,6 +164,7 @@ def test_scores_that_are_all_negative_give_zero_and_finite_gradients(impl: str, 
 @every_form
 @every_impl
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.usefixtures("scoring")
 def test_norm_of_many_tokens_survives_half_precision(dtype: torch.dtype, impl: str, form: str) -> None:
     tensors = [10 * x for x in data(1, 1024, 1024, 16, 16, batch=1)[:3]]  # the squared norm is over fp16's range
     rho = torch.tensor(0.9)

@@ -2,7 +2,7 @@
 
 Pure form: the normaliser is one number a head, so the squared norm and the weighted sum accumulate together, tile by
 tile, and the division comes last. The backward pass computes the tiles again instead of keeping them: only q, k, v,
-the output and the norms are saved.
+the output and the norms are saved. Where all scores are fewer than a tile, they are computed at once.
 
 Linear form: all weights are rows, one number a token, and are saved; each gradient is written in a pass or two.
 """
@@ -10,9 +10,12 @@ Linear form: all weights are rows, one number a token, and are saved; each gradi
 import torch
 from torch import Tensor
 
+from visionattn.ops._crossovers import first_wins
 from visionattn.ops._dispatch import exporting
 from visionattn.ops._register import differentiable
 from visionattn.ops._tiles import tiles
+
+WHOLE_WINS = "infinite_attention: scores; whole, tiles"
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, rho: Tensor, form: str, scale: float, eps: float) -> str | None:
@@ -22,8 +25,20 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, rho: Tensor, form: str, scale: floa
 
 def forward(q: Tensor, k: Tensor, v: Tensor, rho: Tensor, form: str, scale: float, eps: float) -> Tensor:
     """Accumulate over tiles, or score by the mean query."""
-    out = (_tiled if form == "pure" else _pooled)(q, k, v, scale, eps)
+    if form == "linear":
+        out = _pooled(q, k, v, scale, eps)
+    else:
+        whole = first_wins(WHOLE_WINS, q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2], q)
+        out = (_whole if whole else _tiled)(q, k, v, scale, eps)
     return rho.to(v.dtype).reshape(-1, 1, 1) * out
+
+
+def _whole(q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float) -> Tensor:
+    exact = torch.promote_types(q.dtype, torch.float32)
+    scores = ((q.to(exact) * scale) @ k.to(exact).transpose(-2, -1)).relu_()
+    rows = torch.linalg.vector_norm(scores, dim=-1, keepdim=True)  # in two steps: more exact
+    norm = torch.linalg.vector_norm(rows, dim=-2, keepdim=True)
+    return ((scores @ v.to(exact)) / (norm + eps)).to(v.dtype)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float) -> tuple[Tensor, Tensor]:
