@@ -86,19 +86,18 @@ class StripeAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        _, H, W, _ = x.shape
         qkv = self.qkv(x).unflatten(3, (3, len(self.lepe), -1))  # (B, H, W, 3, branches, C / branches)
         if self.split is None:
-            return self.proj(self._attend(qkv[..., 0, :], (H, W), 0))
-        down = self._attend(qkv[..., 0, :], (H, self.split), 0)
-        across = self._attend(qkv[..., 1, :], (self.split, W), 1)
+            return self.proj(self._attend(qkv[..., 0, :], (None, None), 0))
+        down = self._attend(qkv[..., 0, :], (None, self.split), 0)
+        across = self._attend(qkv[..., 1, :], (self.split, None), 1)
         return self.proj(torch.cat([down, across], dim=-1))
 
-    def _attend(self, qkv: Tensor, window: tuple[int, int], branch: int) -> Tensor:
-        """Attend in windows of ``(B, H, W, 3, c)``, whose sides are ``window`` or the map's: ``(B, H, W, c)``."""
+    def _attend(self, qkv: Tensor, sides: tuple[int | None, int | None], branch: int) -> Tensor:
+        """Attend in windows of ``(B, H, W, 3, c)``, whose ``sides`` are the map's where None: ``(B, H, W, c)``."""
         _, H, W, _, _ = qkv.shape
-        wh, ww = window
-        more_h, more_w = lacking(H, wh), lacking(W, ww)
+        window = (H if sides[0] is None else sides[0], W if sides[1] is None else sides[1])
+        more_h, more_w = (0 if s is None else lacking(n, s) for n, s in zip((H, W), sides, strict=True))
         top, left = more_h // 2, more_w // 2
         if more_h or more_w:
             qkv = F.pad(qkv, (0, 0, 0, 0, left, more_w - left, top, more_h - top))
