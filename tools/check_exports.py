@@ -10,22 +10,24 @@ from pathlib import Path
 
 import timm
 
-from visionattn.analysis import bench, exports, flops
+from visionattn.analysis import bench, cards, exports
 
-TOOL = Path(__file__).with_name("export.py")
+ROOT = Path(__file__).parents[1]
+TOOL = ROOT / "tools" / "export.py"
 
 
 def main() -> int:
     """Run the command line; the exit status is 1 if something was not exported."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", help="registered names, or `all`: this library's and timm's that it fuses")
+    parser.add_argument("models", nargs="+", help="registered names, or `all` that have a card")
     parser.add_argument("--format", nargs="+", choices=dict.fromkeys(f for f, _ in exports.KINDS), help="all if none")
     parser.add_argument("--dynamic", nargs="+", choices=dict.fromkeys(d for _, d in exports.KINDS), help="all if none")
     parser.add_argument("--limit", type=float, default=900, help="seconds after which an export is stopped")
     parser.add_argument("--jobs", type=int, default=1, help="how many run at once")
     parser.add_argument("--out", type=Path, help="write the rows as JSON; what it holds already is not made again")
     args = parser.parse_args()
-    names = flops.model_names() if args.models == ["all"] else args.models
+    known_by_cards = (variant["model"] for card in cards.read(ROOT) for variant in card.variants)
+    names = list(known_by_cards) if args.models == ["all"] else args.models
     unknown = [name for name in names if not timm.is_model(name)]
     if unknown:
         parser.error(f"no model is named {', '.join(unknown)}; timm.list_models() lists them, after import visionattn")
@@ -33,7 +35,7 @@ def main() -> int:
         (f, d) for f, d in exports.KINDS
         if (args.format is None or f in args.format) and (args.dynamic is None or d in args.dynamic)
     ]  # fmt: skip
-    where = bench.machine("cpu")
+    where = {key: said for key, said in bench.machine("cpu").items() if key in (*exports.SAME, "date")}
     try:
         known = bench.read(args.out, where, same=exports.SAME)["rows"] if args.out else []
     except ValueError as e:

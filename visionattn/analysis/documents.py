@@ -189,13 +189,13 @@ def exported(root: Path, page: Path) -> Iterator[str]:
             cells.append(f"{sum(not r['stopped'] for r in tried)} of {len(tried)}" if tried else "not tried")
         yield f"| {card.front['family']}, {len(names)} models | {' | '.join(cells)} |"
     written = [r for r in rows if not r["stopped"]]
-    machine = data["machine"]
+    versions = data["machine"]
     yield ""
     worst = max(r["largest_error"] for r in written)
     yield "Models whose file was written and computes what the model does, of those tried; in all"
     yield f"{len(written)} files, the largest error {worst:.0e} of the largest value."
-    yield f"Random weights, by `python tools/check_exports.py` ({machine['device']}, torch {machine['torch']},"
-    yield f"{machine['date']})."
+    yield f"Random weights, torch {versions['torch']}, timm {versions['timm']}, by `python tools/check_exports.py`,"
+    yield f"{versions['date']}."
     reasons: dict[tuple[str, str], list[str]] = {}
     for r in rows:
         if r["stopped"]:
