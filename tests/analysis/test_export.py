@@ -98,6 +98,28 @@ def test_maps_padded_to_windows_export_with_an_open_size() -> None:
         close(program, model, 1, 3, *size)
 
 
+class Chooses(nn.Module):
+    """The sign of how much brighter images are than some level."""
+
+    def __init__(self, level: torch.Tensor) -> None:
+        super().__init__()
+        self.level = level
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.where(x.sum() > self.level, 1.0, -1.0).expand(len(x), 1)
+
+
+def test_images_between_two_choices_say_nothing_of_a_file() -> None:
+    shape = (1, 3, 64, 64)
+    between = Chooses(randn(*shape, seed=1).sum())
+    run = Chooses(between.level - 1e-4)  # chooses the other for these images alone
+    assert exporting._off(run(randn(*shape, seed=1)), between(randn(*shape, seed=1))) == 2
+    assert exporting._error(between, run, shape, "onnx", False) == 0
+    wrong = Chooses(-between.level)
+    with pytest.raises(ExportError, match=r"off by 2.0e\+00 of the largest value"):
+        exporting._error(between, wrong, shape, "onnx", False)
+
+
 @torch.no_grad()
 def test_torchscript_takes_other_batches(tmp_path) -> None:
     model = tiny("biformer", depths=(1, 1, 1, 1))

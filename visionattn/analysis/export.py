@@ -21,6 +21,8 @@ FORMATS: tuple[str, ...] = get_args(Format)
 OPEN_SIZE = ("onnx", "pt2")  # formats that may leave H and W open, not the batch alone
 STEP = 32  # a size that is left open takes multiples of this
 TOLERANCE = 1e-4  # of the largest value
+DRAWS = 4  # images of a shape, of which one has to be compared
+ROUNDING = 2e-6  # relative: what runtimes may differ by
 
 
 class ExportError(RuntimeError):
@@ -125,9 +127,12 @@ def _compare(
     shapes: list[tuple[int, ...]] = [
         (batch, int(getattr(model, "in_chans", 3)), *size) for size in sizes for batch in (1, 3)
     ]
-    worst = 0.0
-    for shape in shapes:
-        x = randn(*shape, seed=1)
+    return shapes, max(_error(model, run, shape, format, dynamic_size) for shape in shapes)
+
+
+def _error(model: nn.Module, run: Run, shape: tuple[int, ...], format: str, dynamic_size: bool) -> float:
+    for seed in range(1, DRAWS + 1):
+        x = randn(*shape, seed=seed)
         with torch.no_grad():
             expected = model(x)
             try:
@@ -136,14 +141,29 @@ def _compare(
                 raise ExportError(
                     f"the {format} file does not run on images {shape}{_hint(dynamic_size)}: {_first_line(e)}"
                 ) from e
-        error = ((actual - expected).abs().max() / expected.abs().max()).item()
-        if not error <= TOLERANCE:
-            raise ExportError(
-                f"the {format} file is off by {error:.1e} of the largest value on images {shape}, allowed are "
-                f"{TOLERANCE:.0e}{_hint(dynamic_size)}; nothing was written"
-            )
-        worst = max(worst, error)
-    return shapes, worst
+        error = _off(actual, expected)
+        if error <= TOLERANCE:
+            return error
+        if not _jumps(model, x, expected):
+            break
+    raise ExportError(
+        f"the {format} file is off by {error:.1e} of the largest value on images {shape}, allowed are "
+        f"{TOLERANCE:.0e}{_hint(dynamic_size)}; nothing was written"
+    )
+
+
+def _off(actual: Tensor, expected: Tensor) -> float:
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+@torch.no_grad()
+def _jumps(model: nn.Module, x: Tensor, expected: Tensor) -> bool:
+    """Whether the model itself makes more of rounding than is allowed, as where it must choose between equal regions.
+
+    Nothing can be said of a file by such images.
+    """
+    near = (x * (1 + ROUNDING * randn(*x.shape, seed=seed)) for seed in range(8))
+    return any(_off(model(images), expected) > TOLERANCE for images in near)
 
 
 def _smallest(model: nn.Module, run: Run, size: Size, format: str) -> tuple[int, list[tuple[int, ...]]]:
