@@ -73,9 +73,9 @@ def aggregated_attention(
         raise ValueError(f"{op}: bias_pool must be (heads={heads}, H * W={H * W}, P={P}), got {tuple(bias_pool.shape)}")
     if extra is not None and extra.shape != (B, heads, H, W, cells):
         raise ValueError(f"{op}: extra must be {(B, heads, H, W, cells)}, got {tuple(extra.shape)}")
-    named = {"k_pool": k_pool, "bias_local": bias_local, "bias_pool": bias_pool, "extra": extra}
-    for name, x in named.items():
-        if x is not None and (x.dtype, x.device) != (q.dtype, q.device):
+    named = (("k_pool", k_pool), ("bias_local", bias_local), ("bias_pool", bias_pool), ("extra", extra))
+    for name, x in named:
+        if x is not None and (x.dtype != q.dtype or x.device != q.device):
             raise ValueError(f"{op}: {name} is {x.dtype} on {x.device}, q is {q.dtype} on {q.device}; they must agree")
     args = (q, k, v, k_pool, v_pool, bias_local, bias_pool, extra)
     return choose(op, impl, IMPLS, *args).forward(*args)
