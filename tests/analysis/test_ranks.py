@@ -104,6 +104,7 @@ def test_auto_follows_what_is_written(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(_crossovers, "RANKS", written.RANKS)
     monkeypatch.setattr(_crossovers, "kind", lambda device: "sm_90")
+    monkeypatch.setattr(_dispatch, "INTERPRET", False)
     monkeypatch.setattr(_dispatch, "missing", lambda impl: None)
     known: Any = {"natten": Takes("no bias"), "triton": Takes(), "eager": Takes(), "reference": Takes()}
 

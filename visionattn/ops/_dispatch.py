@@ -122,9 +122,9 @@ def choose(op: str, impl: str, known: Mapping[str, ModuleType], *args: Any, **kw
     if impl == "auto":
         impl = _default
     if impl == "auto":
-        # Asked in few words: on the CPU a small call takes microseconds. Nothing but plain PyTorch is chosen there, as
+        # Asked in few words, since small calls on the CPU take microseconds. Nothing but plain PyTorch is chosen there:
         # the interpreter of kernels is too slow.
-        plain_only = args[0].is_cpu or exporting()
+        plain_only = args[0].is_cpu or INTERPRET or exporting()
         for name in _crossovers.ranked(op, known, args[0]) if _crossovers.RANKS and not exporting() else known:
             if name not in PLAIN and (plain_only or missing(name) is not None):
                 continue
