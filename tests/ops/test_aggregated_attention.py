@@ -1,4 +1,5 @@
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from visionattn.ops import aggregated_attention
+from visionattn.ops import _crossovers, aggregated_attention
 from visionattn.ops.aggregated_attention import eager
 from visionattn.testing import assert_within_budget, check_operator, randn
 
@@ -21,6 +22,16 @@ SHAPES = [
     (2, 8, 3, 4, 8, 8, 6, 1),
     (1, 1, 3, 2, 8, 8, 2, 7),  # a window larger than the map
 ]
+
+
+@pytest.fixture(scope="module", params=[0, math.inf], ids=["planes", "bands"], autouse=True)
+def way(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Large maps and small ones are computed in two ways; every test sees both."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(
+            _crossovers.CROSSOVERS, (eager.BANDS_WIN, "cpu", None), _crossovers.Crossover(request.param, "test")
+        )
+        yield
 
 
 def inputs(B: int, h: int, H: int, W: int, d: int, dv: int, P: int, window: int, seed: int = 0) -> list[Tensor]:
@@ -100,6 +111,18 @@ def test_what_every_implementation_must_pass() -> None:
             torch.library.opcheck(ops.aggregated_attention_chunked, [*some_args, keep])
             _, kept = ops.aggregated_attention_chunked(*some_args, keep)
             torch.library.opcheck(ops.aggregated_attention_chunked_backward, [randn(*v.shape), *some_args, keep, kept])
+    for some_args in (args, [*args[:-1], None]):
+        torch.library.opcheck(ops.aggregated_attention_banded, some_args)
+        _, attn = ops.aggregated_attention_banded(*some_args)
+        torch.library.opcheck(ops.aggregated_attention_banded_backward, [randn(*v.shape), *some_args, attn])
+
+
+def test_an_empty_batch_gives_biases_no_gradient() -> None:
+    tensors = [x.requires_grad_() for x in inputs(0, 2, 4, 5, 8, 8, 4, 3)]
+    out = run(*tensors)
+    assert out.shape == (0, 2, 4, 5, 8)
+    out.sum().backward()
+    assert not any(x.grad.any() for x in tensors)
 
 
 @pytest.mark.parametrize("impl", ["reference", "eager"])

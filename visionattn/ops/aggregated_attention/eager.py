@@ -3,7 +3,7 @@
 Maps travel as planes, ``(B, heads, d, tokens)``: a neighbour is then a flat offset, one contiguous run for all tokens.
 Where that offset runs over the end of a row it meets a wrong token, whose weight is zero anyway: it lies outside the
 map. The backward pass computes the weights again, so that nothing quadratic is kept, unless they are as few as the
-channels: those are kept.
+channels: those are kept. Small maps take another way, that of `_banded`.
 """
 
 import math
@@ -14,10 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from visionattn.ops._crossovers import first_wins
 from visionattn.ops._dispatch import exporting
 from visionattn.ops._register import differentiable
 from visionattn.ops._tiles import tiles
+from visionattn.ops.aggregated_attention._banded import banded
 
+BANDS_WIN = "aggregated_attention: columns of the map; bands, planes"
 CHUNK_BYTES = {"cpu": 2**23}  # of weights in a chunk: within a last-level cache, and few enough chunks
 CHUNK_BYTES_ELSEWHERE = 2**28
 STRIDED_BYTES = 2**19  # of columns that are copied at once
@@ -48,11 +51,15 @@ def forward(
     bias_pool: Tensor,
     extra: Tensor | None,
 ) -> Tensor:
-    """Attend chunk by chunk."""
+    """Attend by bands, or chunk by chunk."""
     tensors = (q, k, v, k_pool, v_pool, bias_local, bias_pool, extra)
+    few = bias_local.shape[1] + k_pool.shape[2] <= KEPT * q.shape[-1]
+    columns = q.shape[3]
+    if few and bias_local.shape[1] <= columns**2 and first_wins(BANDS_WIN, columns, q):
+        by_bands: Tensor = banded(*tensors)
+        return by_bands
     differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    keep = differentiated and bias_local.shape[1] + k_pool.shape[2] <= KEPT * q.shape[-1]
-    out: Tensor = _aggregated(*tensors, keep)
+    out: Tensor = _aggregated(*tensors, few and differentiated)
     return out
 
 
