@@ -183,7 +183,9 @@ def _with(dynamic_size: bool) -> str:
 
 
 def _hint(dynamic_size: bool) -> str:
-    return " (how it computes depends on H and W: leave only the batch open)" if dynamic_size else ""
+    if not dynamic_size:
+        return ""
+    return " (how it computes depends on H and W: start from larger images, --img-size, or leave only the batch open)"
 
 
 def _first_line(e: Exception) -> str:
