@@ -138,6 +138,14 @@ def test_a_second_backward_pass_is_as_the_first() -> None:
     assert all(map(torch.equal, first, torch.autograd.grad(loss, tensors)))
 
 
+@torch.no_grad()
+def test_autocast_leaves_the_arithmetic_alone() -> None:
+    tensors = inputs(2, 2, 4, 5, 8, 8, 4, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = run(*tensors)
+    assert torch.equal(y, run(*tensors))
+
+
 def test_inputs_without_a_gradient_do_not_stop_the_others() -> None:
     tensors = inputs(1, 2, 4, 4, 8, 8, 4, 3)
     tensors[2].requires_grad_()

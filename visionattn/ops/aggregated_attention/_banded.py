@@ -94,6 +94,11 @@ class _Rows:
             self.fill_beside(band, 0.0)
 
 
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` in their own precision: autocast leaves results alone that have a place already."""
+    return torch.bmm(a, b, out=a.new_empty(a.shape[0], a.shape[1], b.shape[2]))
+
+
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -118,7 +123,7 @@ def _forward(
     torch.bmm(queries, rows.tokens(k_pool).transpose(1, 2), out=pooled)
     pooled.unflatten(0, by_head).add_(bias_pool)
     torch.softmax(attn, dim=2, out=attn)
-    out = torch.bmm(pooled, rows.tokens(v_pool))
+    out = _product(pooled, rows.tokens(v_pool))
     matrix.zero_()
     rows.write(band, attn, extra)
     rows.rows(out).baddbmm_(matrix, rows.neighbours(v))
@@ -150,20 +155,20 @@ def _backward(
         dextra = dextra.view(extra.shape).to(extra.dtype)
     matrix.zero_()
     rows.write(band, attn, extra)
-    dv = rows.gathered(torch.bmm(matrix.transpose(1, 2), rows.rows(grads)))
+    dv = rows.gathered(_product(matrix.transpose(1, 2), rows.rows(grads)))
     torch.bmm(grads, rows.tokens(v_pool).transpose(1, 2), out=dpooled)
     torch.ops.aten._softmax_backward_data.out(dlogits, attn, 2, attn.dtype, grad_input=dlogits)
-    dq = torch.bmm(dpooled, rows.tokens(k_pool))
+    dq = _product(dpooled, rows.tokens(k_pool))
     band.copy_(dlocal)  # what lies beside the band is still zero
     rows.rows(dq).baddbmm_(matrix, rows.neighbours(k))
-    dk = rows.gathered(torch.bmm(matrix.transpose(1, 2), rows.rows(queries)))
+    dk = rows.gathered(_product(matrix.transpose(1, 2), rows.rows(queries)))
     by_head = (rows.B, rows.h)
     return (
         dq.view(q.shape).to(q.dtype),
         dk.to(k.dtype),
         dv.to(v.dtype),
-        torch.bmm(dpooled.transpose(1, 2), queries).view(k_pool.shape).to(k.dtype),
-        torch.bmm(attn[..., rows.cells :].transpose(1, 2), grads).view(v_pool.shape).to(v.dtype),
+        _product(dpooled.transpose(1, 2), queries).view(k_pool.shape).to(k.dtype),
+        _product(attn[..., rows.cells :].transpose(1, 2), grads).view(v_pool.shape).to(v.dtype),
         dlocal.unflatten(0, by_head).sum(dim=(0, 2, 3)).flatten(1).to(bias_local.dtype),
         dpooled.unflatten(0, by_head).sum(dim=0).to(bias_pool.dtype),
         dextra,

@@ -36,7 +36,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, rho: Tensor, form: str, scale: floa
 def _whole(q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float) -> Tensor:
     exact = torch.promote_types(q.dtype, torch.float32)
     scores = ((q.to(exact) * scale) @ k.to(exact).transpose(-2, -1)).relu_()
-    rows = torch.linalg.vector_norm(scores, dim=-1, keepdim=True)  # in two steps: more exact
+    # In two steps, which is more exact; under autocast the scores are in half precision.
+    rows = torch.linalg.vector_norm(scores, dim=-1, keepdim=True, dtype=exact)
     norm = torch.linalg.vector_norm(rows, dim=-2, keepdim=True)
     return ((scores @ v.to(exact)) / (norm + eps)).to(v.dtype)
 
