@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from visionattn.ops._register import differentiable
+from visionattn.ops.aggregated_attention._outside import fill_beside, fill_outside
 
 
 class _Rows:
@@ -24,7 +25,7 @@ class _Rows:
         self.groups, self.side, self.cells = self.B * self.h, math.isqrt(cells), cells
         self.near = self.side * (self.W + 1) - 1  # L: from a row's first cell to its last
         self.margin = self.side // 2 * (self.W + 1)
-        self.dtype = torch.promote_types(q.dtype, torch.float32)
+        self.dtype, self.device = torch.promote_types(q.dtype, torch.float32), q.device
 
     def tokens(self, x: Tensor) -> Tensor:
         """``(B, h, ..., d)`` to contiguous ``(G, ..., d)``."""
@@ -57,7 +58,7 @@ class _Rows:
     def matrix(self) -> tuple[Tensor, Tensor]:
         """Memory for a matrix of each row, ``(G * H, W, L)``, and its windows, ``(G, H, W, side, side)``."""
         W, L = self.W, self.near
-        matrix = torch.empty(self.groups * self.H, W, L, dtype=self.dtype)
+        matrix = torch.empty(self.groups * self.H, W, L, dtype=self.dtype, device=self.device)
         strides = (self.H * W * L, W * L, L + 1, W, 1)
         return matrix, matrix.as_strided((self.groups, self.H, W, self.side, self.side), strides)
 
@@ -69,29 +70,18 @@ class _Rows:
         """``(G, N, d)`` to ``(G * H, W, d)``."""
         return x.view(self.groups * self.H, self.W, x.shape[-1])
 
-    def fill_beside(self, x: Tensor, value: float) -> Tensor:
-        """Set the cells of windows ``(G, H, W, side, side)`` that lie left or right of the map; return the windows."""
-        r = self.side // 2
-        for i in range(r):  # the window's column i and its mirror image
-            x[:, :, : r - i, :, i] = value
-            x[:, :, max(0, self.W - r + i) :, :, -1 - i] = value
-        return x
-
-    def fill_outside(self, x: Tensor, value: float) -> Tensor:
-        """As `fill_beside`, and those above and below."""
-        r = self.side // 2
-        for i in range(r):
-            x[:, : r - i, :, i] = value
-            x[:, max(0, self.H - r + i) :, :, -1 - i] = value
-        return self.fill_beside(x, value)
-
     def write(self, band: Tensor, attn: Tensor, extra: Tensor | None) -> None:
         """Write what the window's values are multiplied by, zero outside the map, into the windows of a matrix."""
         if extra is None:
             band.copy_(self.windows(attn))
         else:  # above and below there are zeros to be multiplied
             torch.add(self.windows(attn), extra.reshape(band.shape), out=band)
-            self.fill_beside(band, 0.0)
+            fill_beside(_cells_first(band), 0.0)
+
+
+def _cells_first(windows: Tensor) -> Tensor:
+    """``(G, H, W, side, side)`` to ``(G, side, side, H, W)``, a view."""
+    return windows.permute(0, 3, 4, 1, 2)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -119,7 +109,7 @@ def _forward(
     by_head = (rows.B, rows.h)
     bias = bias_local.view(-1, 1, 1, rows.side, rows.side)
     torch.add(band.unflatten(0, by_head), bias, out=local.unflatten(0, by_head))
-    rows.fill_outside(local, -math.inf)
+    fill_outside(_cells_first(local), -math.inf)
     torch.bmm(queries, rows.tokens(k_pool).transpose(1, 2), out=pooled)
     pooled.unflatten(0, by_head).add_(bias_pool)
     torch.softmax(attn, dim=2, out=attn)
@@ -151,8 +141,9 @@ def _backward(
     dlocal.copy_(band)
     dextra = dout.new_empty(0)
     if extra is not None:
-        dextra = rows.fill_beside(dlocal.clone(memory_format=torch.contiguous_format), 0.0)
-        dextra = dextra.view(extra.shape).to(extra.dtype)
+        inside = dlocal.clone(memory_format=torch.contiguous_format)
+        fill_beside(_cells_first(inside), 0.0)
+        dextra = inside.view(extra.shape).to(extra.dtype)
     matrix.zero_()
     rows.write(band, attn, extra)
     dv = rows.gathered(_product(matrix.transpose(1, 2), rows.rows(grads)))

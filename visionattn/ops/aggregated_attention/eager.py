@@ -19,6 +19,7 @@ from visionattn.ops._dispatch import exporting
 from visionattn.ops._register import differentiable
 from visionattn.ops._tiles import tiles
 from visionattn.ops.aggregated_attention._banded import banded
+from visionattn.ops.aggregated_attention._outside import fill_beside, fill_outside
 
 BANDS_WIN = "aggregated_attention: columns of the map; bands, planes"
 CHUNK_BYTES = {"cpu": 2**23}  # of weights in a chunk: within a last-level cache, and few enough chunks
@@ -111,23 +112,9 @@ class _Window:
         """``(B, h, d, N)`` to ``(B, h, H, W, d)``."""
         return x.transpose(2, 3).unflatten(2, (self.H, self.W))
 
-    def fill_outside(self, x: Tensor, value: float) -> Tensor:
-        """Set the cells outside the map in ``x (..., cells, N)``; return it."""
-        r = self.side // 2
-        cells = self.fill_beside(x, value).view(*x.shape[:-2], self.side, self.side, self.H, self.W)
-        for i in range(r):  # the window's row i and its mirror image
-            cells[..., i, :, : r - i, :] = value
-            cells[..., -1 - i, :, max(0, self.H - r + i) :, :] = value
-        return x
-
-    def fill_beside(self, x: Tensor, value: float) -> Tensor:
-        """As `fill_outside`, but not above and below the map, where the margin's zeros are met."""
-        r = self.side // 2
-        cells = x.view(*x.shape[:-2], self.side, self.side, self.H, self.W)
-        for i in range(r):  # the window's column i and its mirror image
-            cells[..., i, :, : r - i] = value
-            cells[..., -1 - i, :, max(0, self.W - r + i) :] = value
-        return x
+    def windows(self, x: Tensor) -> Tensor:
+        """``(..., cells, N)`` to ``(..., side, side, H, W)``."""
+        return x.view(*x.shape[:-2], self.side, self.side, self.H, self.W)
 
     def parts(self, x: Tensor, padded: Tensor) -> Iterator[tuple[tuple[slice, ...], Tensor, list[Tensor]]]:
         """Cut planes and their padded neighbours so that what is at work on them fits the cache.
@@ -257,7 +244,7 @@ def _forward(
 def _softmax(window: _Window, q: Tensor, k: Tensor, k_pool: Tensor, bias_local: Tensor, bias_pool: Tensor) -> _Softmax:
     local = window.products(q, k)
     local += bias_local[..., None]
-    window.fill_outside(local, -math.inf)
+    fill_outside(window.windows(local), -math.inf)
     return _Softmax(q, local, k_pool.to(window.dtype).contiguous(), bias_pool)
 
 
@@ -266,7 +253,9 @@ def _local_weights(window: _Window, attn: Tensor, extra: Tensor | None) -> Tenso
     if extra is None:
         return attn
     x = extra.flatten(2, 3).transpose(2, 3)
-    return window.fill_beside(torch.add(attn, x, out=torch.empty_like(attn)), 0.0)
+    weights = torch.add(attn, x, out=torch.empty_like(attn))
+    fill_beside(window.windows(weights), 0.0)  # above and below, the margin's zeros are met
+    return weights
 
 
 def _backward(
@@ -293,7 +282,9 @@ def _backward(
     dlocal = window.products(grads, values)
     dextra = dout.new_empty(0)
     if extra is not None:
-        dextra = window.map(window.fill_beside(dlocal.clone(), 0.0)).to(extra.dtype)
+        inside = dlocal.clone()
+        fill_beside(window.windows(inside), 0.0)
+        dextra = window.map(inside).to(extra.dtype)
     dq, dk_pool, dv_pool = torch.empty_like(queries), torch.zeros_like(softmax.k_pool), torch.zeros_like(values_pool)
     dbias_pool = (queries.new_empty if window.B else queries.new_zeros)(bias_pool.shape)  # the first image sets it
     buffers = kept if keep else softmax.buffer(), softmax.buffer()
