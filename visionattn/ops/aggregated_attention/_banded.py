@@ -1,20 +1,22 @@
 """For small maps: products of a row of queries with all keys near it, of which windows are a band.
 
-With zeros around the list of a map's tokens, cell ``(i, j)`` of token ``x`` of a row lies ``x + i * W + j`` places
-after that row's first cell. Of a matrix of a row's tokens by the places near it, ``(W, L)``, the windows are therefore
-one strided view. Reading it, or writing it into zeros, turns sums over windows into a few products of matrices. They
-multiply more numbers than sums over shifted maps do, and take less time as long as those are many small calls.
+What is near a row of a map is listed column by column, with zeros outside the map. The window of the row's token ``x``
+is then one run of that list, ``side`` places after that of token ``x - 1``, and of a matrix of a row's tokens by the
+places near it, ``(W, L)``, the windows are one strided view. Reading it, or writing it into zeros, turns sums over
+windows into a few products of matrices. They multiply more numbers than sums over shifted maps do, and take less time
+as long as those are many small calls.
 
-A window must not be wider than the map, or its cells would share places.
+Windows here go column by column; those of arguments and gradients row by row.
 """
 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from visionattn.ops._register import differentiable
-from visionattn.ops.aggregated_attention._outside import fill_beside, fill_outside
+from visionattn.ops.aggregated_attention._outside import fill_outside
 
 
 class _Rows:
@@ -23,8 +25,8 @@ class _Rows:
     def __init__(self, q: Tensor, cells: int) -> None:
         self.B, self.h, self.H, self.W, _ = q.shape
         self.groups, self.side, self.cells = self.B * self.h, math.isqrt(cells), cells
-        self.near = self.side * (self.W + 1) - 1  # L: from a row's first cell to its last
-        self.margin = self.side // 2 * (self.W + 1)
+        self.radius = self.side // 2
+        self.near = self.side * (self.W + 2 * self.radius)  # L
         self.dtype, self.device = torch.promote_types(q.dtype, torch.float32), q.device
 
     def tokens(self, x: Tensor) -> Tensor:
@@ -32,56 +34,52 @@ class _Rows:
         return x.to(self.dtype).contiguous().flatten(0, 1)
 
     def neighbours(self, x: Tensor) -> Tensor:
-        """``(B, h, H, W, d)`` to what is near each row, ``(G * H, L, d)``; zeros above and below the map."""
-        tokens, d = self.H * self.W, x.shape[-1]
-        padded = x.new_zeros(self.groups, tokens + 2 * self.margin, d, dtype=self.dtype)
-        padded[:, self.margin : self.margin + tokens].view(x.shape).copy_(x)
-        return self._of_rows(padded, self.near).reshape(self.groups * self.H, self.near, d)
+        """``(B, h, H, W, d)`` to what is near each row, column by column: ``(G * H, L, d)``; zeros outside the map."""
+        r = self.radius
+        padded = F.pad(x.to(self.dtype), (0, 0, r, r, r, r)).flatten(0, 1)
+        near = torch.cat([padded[:, i : i + self.H] for i in range(self.side)], dim=3)  # (G, H, W + 2r, side * d)
+        return near.view(self.groups * self.H, self.near, x.shape[-1])
 
     def gathered(self, x: Tensor) -> Tensor:
         """Add up what concerns the neighbours of each row, ``(G * H, L, d)``: ``(B, h, H, W, d)``."""
-        tokens, d = self.H * self.W, x.shape[-1]
-        x = x.view(self.groups, self.H, self.near, d)
-        padded = x.new_zeros(self.groups, tokens + 2 * self.margin, d)
-        for start in range(0, self.near, self.W):  # within a row's width, rows do not overlap
-            part = x[:, :, start : start + self.W]
-            self._of_rows(padded[:, start:], part.shape[2]).add_(part)
-        inner = padded[:, self.margin : self.margin + tokens]
-        return inner.contiguous().view(self.B, self.h, self.H, self.W, d)
-
-    def _of_rows(self, padded: Tensor, length: int) -> Tensor:
-        """The ``length`` places from each row's first on, of ``(G, places, d)``: ``(G, H, length, d)``, a view."""
-        group, place, channel = padded.stride()
-        shape = (self.groups, self.H, length, padded.shape[2])
-        return padded.as_strided(shape, (group, self.W * place, place, channel), padded.storage_offset())
+        r, H, W = self.radius, self.H, self.W
+        x = x.view(self.groups, H, W + 2 * r, self.side, x.shape[-1])[:, :, r : r + W]
+        out = x[:, :, :, r].clone(memory_format=torch.contiguous_format)
+        for below in range(1, min(r + 1, H)):  # rows between a row and its neighbours
+            out[:, below:] += x[:, : H - below, :, r + below]
+            out[:, : H - below] += x[:, below:, :, r - below]
+        return out.view(self.B, self.h, H, W, x.shape[-1])
 
     def matrix(self) -> tuple[Tensor, Tensor]:
-        """Memory for a matrix of each row, ``(G * H, W, L)``, and its windows, ``(G, H, W, side, side)``."""
+        """Memory for a matrix of each row, ``(G * H, W, L)``, and its windows, ``(G, H, W, cells)``."""
         W, L = self.W, self.near
         matrix = torch.empty(self.groups * self.H, W, L, dtype=self.dtype, device=self.device)
-        strides = (self.H * W * L, W * L, L + 1, W, 1)
-        return matrix, matrix.as_strided((self.groups, self.H, W, self.side, self.side), strides)
+        strides = (self.H * W * L, W * L, L + self.side, 1)
+        return matrix, matrix.as_strided((self.groups, self.H, W, self.cells), strides)
 
     def windows(self, x: Tensor) -> Tensor:
-        """The first of columns ``(G, N, columns)`` as windows: ``(G, H, W, side, side)``."""
-        return x[..., : self.cells].view(self.groups, self.H, self.W, self.side, self.side)
+        """The first of columns ``(G, N, columns)`` as windows: ``(G, H, W, cells)``."""
+        return x[..., : self.cells].view(self.groups, self.H, self.W, self.cells)
+
+    def turned(self, x: Tensor) -> Tensor:
+        """Windows ``(..., cells)`` that go row by row, or column by column, in the other order; a copy."""
+        cells = torch.arange(self.cells, device=x.device).view(self.side, self.side)
+        return x.index_select(-1, cells.t().flatten())
+
+    def cells_first(self, x: Tensor) -> Tensor:
+        """``(G, H, W, cells)`` to ``(G, side, side, H, W)``, row by row; a view."""
+        return x.unflatten(3, (self.side, self.side)).permute(0, 4, 3, 1, 2)
 
     def rows(self, x: Tensor) -> Tensor:
         """``(G, N, d)`` to ``(G * H, W, d)``."""
         return x.view(self.groups * self.H, self.W, x.shape[-1])
 
     def write(self, band: Tensor, attn: Tensor, extra: Tensor | None) -> None:
-        """Write what the window's values are multiplied by, zero outside the map, into the windows of a matrix."""
+        """Write what the window's values are multiplied by into the windows of a matrix; anything outside the map."""
         if extra is None:
             band.copy_(self.windows(attn))
-        else:  # above and below there are zeros to be multiplied
-            torch.add(self.windows(attn), extra.reshape(band.shape), out=band)
-            fill_beside(_cells_first(band), 0.0)
-
-
-def _cells_first(windows: Tensor) -> Tensor:
-    """``(G, H, W, side, side)`` to ``(G, side, side, H, W)``, a view."""
-    return windows.permute(0, 3, 4, 1, 2)
+        else:
+            torch.add(self.windows(attn), self.turned(extra).view(band.shape), out=band)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -107,11 +105,11 @@ def _forward(
     matrix, band = rows.matrix()
     torch.bmm(rows.rows(queries), rows.neighbours(k).transpose(1, 2), out=matrix)
     by_head = (rows.B, rows.h)
-    bias = bias_local.view(-1, 1, 1, rows.side, rows.side)
+    bias = rows.turned(bias_local).view(-1, 1, 1, rows.cells)
     torch.add(band.unflatten(0, by_head), bias, out=local.unflatten(0, by_head))
-    fill_outside(_cells_first(local), -math.inf)
-    torch.bmm(queries, rows.tokens(k_pool).transpose(1, 2), out=pooled)
-    pooled.unflatten(0, by_head).add_(bias_pool)
+    fill_outside(rows.cells_first(local), -math.inf)
+    products = _product(queries, rows.tokens(k_pool).transpose(1, 2))
+    torch.add(products.unflatten(0, by_head), bias_pool, out=pooled.unflatten(0, by_head))
     torch.softmax(attn, dim=2, out=attn)
     out = _product(pooled, rows.tokens(v_pool))
     matrix.zero_()
@@ -141,13 +139,11 @@ def _backward(
     dlocal.copy_(band)
     dextra = dout.new_empty(0)
     if extra is not None:
-        inside = dlocal.clone(memory_format=torch.contiguous_format)
-        fill_beside(_cells_first(inside), 0.0)
-        dextra = inside.view(extra.shape).to(extra.dtype)
+        dextra = rows.turned(dlocal).view(extra.shape).to(extra.dtype)
     matrix.zero_()
     rows.write(band, attn, extra)
     dv = rows.gathered(_product(matrix.transpose(1, 2), rows.rows(grads)))
-    torch.bmm(grads, rows.tokens(v_pool).transpose(1, 2), out=dpooled)
+    dpooled.copy_(_product(grads, rows.tokens(v_pool).transpose(1, 2)))
     torch.ops.aten._softmax_backward_data.out(dlogits, attn, 2, attn.dtype, grad_input=dlogits)
     dq = _product(dpooled, rows.tokens(k_pool))
     band.copy_(dlocal)  # what lies beside the band is still zero
@@ -160,7 +156,7 @@ def _backward(
         dv.to(v.dtype),
         _product(dpooled.transpose(1, 2), queries).view(k_pool.shape).to(k.dtype),
         _product(attn[..., rows.cells :].transpose(1, 2), grads).view(v_pool.shape).to(v.dtype),
-        dlocal.unflatten(0, by_head).sum(dim=(0, 2, 3)).flatten(1).to(bias_local.dtype),
+        rows.turned(dlocal.unflatten(0, by_head).sum(dim=(0, 2, 3))).to(bias_local.dtype),
         dpooled.unflatten(0, by_head).sum(dim=0).to(bias_pool.dtype),
         dextra,
     )

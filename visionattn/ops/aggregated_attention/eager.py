@@ -55,8 +55,7 @@ def forward(
     """Attend by bands, or chunk by chunk."""
     tensors = (q, k, v, k_pool, v_pool, bias_local, bias_pool, extra)
     few = bias_local.shape[1] + k_pool.shape[2] <= KEPT * q.shape[-1]
-    columns = q.shape[3]
-    if few and bias_local.shape[1] <= columns**2 and first_wins(BANDS_WIN, columns, q):
+    if few and first_wins(BANDS_WIN, q.shape[3], q):
         by_bands: Tensor = banded(*tensors)
         return by_bands
     differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
