@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from timm.layers import AvgPool2dSame, Conv2dSame
 from timm.models.davit import SpatialBlock
 from torch import nn
 
@@ -96,6 +97,20 @@ def test_maps_padded_to_windows_export_with_an_open_size() -> None:
     assert not model._forward_pre_hooks
     for size in ((224, 224), (256, 320)):
         close(program, model, 1, 3, *size)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("stride", [1, 2])
+def test_paddings_of_tensorflow_export_with_an_open_size(stride: int, tmp_path) -> None:
+    convolution = Conv2dSame(3, 4, (5, 3), stride=stride, dilation=(1, 2))
+    model = nn.Sequential(convolution, AvgPool2dSame(2, 2), AvgPool2dSame(3, 1), nn.Flatten(2)).eval()
+    path = tmp_path / "model.pt2"
+    torch.export.save(exporting._program(model, (64, 64), True), path)
+    program = torch.export.load(path).module(check_guards=False)
+    assert "forward" not in vars(convolution)
+    for size in ((64, 64), (96, 160)):
+        close(program, model, 2, 3, *size)
 
 
 class Chooses(nn.Module):

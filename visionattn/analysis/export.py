@@ -1,13 +1,16 @@
 """Export a model to a file, then run the file on other inputs and compare it with the model."""
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+import torch.nn.functional as F
+from timm.layers import AvgPool2dSame, Conv2dSame, to_2tuple
 from torch import Tensor, nn
 
 from visionattn.analysis.folder import FolderError, replace_folder, write_folder
@@ -200,15 +203,42 @@ def _program(model: nn.Module, size: Size, dynamic_size: bool) -> torch.export.E
         # Traced at a size that no table of the model is for, so that the general way is recorded.
         size = (size[0] + 2 * STEP, size[1] + 5 * STEP)
     example = randn(2, int(getattr(model, "in_chans", 3)), *size)  # tracers take a size of one for a constant
-    hook = model.register_forward_pre_hook(_in_steps) if dynamic_size else nullcontext()
-    with hook:
+    with _short_sizes(model) if dynamic_size else nullcontext():
         return torch.export.export(model, (example,), dynamic_shapes=(axes,))
 
 
+@contextmanager
+def _short_sizes(model: nn.Module) -> Iterator[None]:
+    """Write H and W of maps as parts of a multiple of a step: what is computed from them later stays short.
+
+    Layers with TensorFlow's padding round quotients of sizes up to find out how wide it is, in ways that cannot be
+    written to files. Strides divide multiples of a step, so that here it is as wide at any size.
+    """
+    with ExitStack() as undo:
+        undo.enter_context(model.register_forward_pre_hook(_in_steps))
+        for module in model.modules():
+            for same, plain in _SAME.items():
+                if isinstance(module, same):
+                    module.forward = partial(_divided, plain, module)
+                    undo.callback(delattr, module, "forward")
+        yield
+
+
 def _in_steps(_: nn.Module, images: tuple[Tensor]) -> Tensor:
-    """Write H and W of the images as multiples of a step: what is computed from them later then stays short."""
     (x,) = images
     return x.narrow(2, 0, x.shape[2] // STEP * STEP).narrow(3, 0, x.shape[3] // STEP * STEP)
+
+
+# Layers that pad as TensorFlow does, and what they are but for that.
+_SAME: dict[type[nn.Module], type[nn.Module]] = {Conv2dSame: nn.Conv2d, AvgPool2dSame: nn.AvgPool2d}
+
+
+def _divided(plain: type[nn.Module], same: Any, x: Tensor) -> Tensor:
+    """Run a layer of `_SAME` on a map that its stride divides."""
+    dilations = to_2tuple(getattr(same, "dilation", 1))
+    sides = zip(to_2tuple(same.kernel_size), dilations, to_2tuple(same.stride), strict=True)
+    height, width = (max(0, (kernel - 1) * dilation + 1 - stride) for kernel, dilation, stride in sides)
+    return plain.forward(same, F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2)))
 
 
 def _onnx(model: nn.Module, path: Path, size: Size, dynamic_size: bool) -> Run:
