@@ -9,6 +9,7 @@ import torch
 from timm.layers import AvgPool2dSame, Conv2dSame
 from timm.models.davit import SpatialBlock
 from torch import nn
+from torchvision.ops import Permute
 
 import visionattn
 from tests.golden import golden
@@ -18,6 +19,7 @@ from visionattn.analysis.export import ExportError, export
 from visionattn.analysis.folder import FolderError, read_folder, remapped, same_logits, write_folder
 from visionattn.analysis.quantize import session
 from visionattn.analysis.subject import create
+from visionattn.layers.attention.window import WindowAttention
 from visionattn.testing import randn
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -97,6 +99,17 @@ def test_maps_padded_to_windows_export_with_an_open_size() -> None:
     assert not model._forward_pre_hooks
     for size in ((224, 224), (256, 320)):
         close(program, model, 1, 3, *size)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_windows_that_shift_on_maps_of_several_alone_export_with_an_open_size(tmp_path) -> None:
+    windows = WindowAttention(8, num_heads=2, window=2, shift=1)
+    torch.nn.init.normal_(windows.bias.relative_position_bias_table)
+    model = nn.Sequential(nn.Conv2d(3, 8, 32, 32), Permute([0, 2, 3, 1]), windows).eval()
+    run = exporting._onnx(model, tmp_path / "model.onnx", (64, 64), True)
+    for size in ((64, 64), (64, 160), (96, 128)):
+        close(run, model, 2, 3, *size)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from visionattn.layers.channels_last import depthwise
 from visionattn.layers.padding import lacking, pad_to_windows
 from visionattn.ops import Impl
+from visionattn.ops._dispatch import open_size
 from visionattn.ops.window_attention import window_attention
 
 
@@ -55,10 +56,16 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         _, H, W, _ = x.shape
         w = self.window
-        shift = self.shift if self.shift_single or min(H, W) > w else 0
+        shift = self.shift if self.shift_single else self._shift(H, W)
         q, k, v = _heads(self.qkv(pad_to_windows(x, w, w)), self.num_heads)
         y = window_attention(q, k, v, window=w, bias=self.bias.get_bias()[0], shift=shift, impl=self.impl)
         return self.proj(y.permute(0, 2, 3, 1, 4).flatten(3)[:, :H, :W])
+
+    def _shift(self, H: int, W: int) -> int:
+        """Not on a map of one window; written as a number where an exporter leaves the size open."""
+        if open_size(H, W):
+            return self.shift * torch.sym_min(1, (torch.sym_min(H, W) - 1) // self.window)
+        return self.shift if min(H, W) > self.window else 0
 
 
 class StripeAttention(nn.Module):

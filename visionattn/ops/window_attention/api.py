@@ -1,5 +1,6 @@
 """Attention inside windows of a map: plain, shifted (Swin), stripes (CSwin) and dilated (MaxViT's grid)."""
 
+import torch
 from torch import Tensor
 
 from visionattn.ops._check import check_maps
@@ -77,4 +78,4 @@ def window_attention(
 
 
 def _pair(x: Pair) -> tuple[int, int]:
-    return (x, x) if isinstance(x, int) else (x[0], x[1])
+    return (x, x) if isinstance(x, int | torch.SymInt) else (x[0], x[1])

@@ -21,7 +21,7 @@ def forward(
     """Attend in every window by the written-out softmax."""
     size = (q.shape[2], q.shape[3])
     if shift != (0, 0):
-        q, k, v = (x.roll((-shift[0], -shift[1]), dims=(2, 3)) for x in (q, k, v))
+        q, k, v = (_roll(x, shift) for x in (q, k, v))
     q, k, v = (_cut(x, window, grid) for x in (q, k, v))  # (B, h, P, n, d)
     logits = (q * scale) @ k.transpose(-2, -1)  # (B, h, P, n, n)
     if bias is not None:
@@ -29,7 +29,14 @@ def forward(
     if shift != (0, 0):
         logits = logits + _mask(size, window, shift, logits)
     out = _join(logits.softmax(dim=-1) @ v, size, window, grid)
-    return out.roll(shift, dims=(2, 3)) if shift != (0, 0) else out
+    return _roll(out, (size[0] - shift[0], size[1] - shift[1])) if shift != (0, 0) else out
+
+
+def _roll(x: Tensor, shift: Size) -> Tensor:
+    """Bring the first rows and columns of ``(B, h, H, W, d)`` to the end; how many, exporters may leave open."""
+    for dim, by in enumerate(shift, start=2):
+        x = torch.cat([x.narrow(dim, by, x.shape[dim] - by), x.narrow(dim, 0, by)], dim=dim)
+    return x
 
 
 def _cut(x: Tensor, window: Size, grid: bool) -> Tensor:
