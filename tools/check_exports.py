@@ -27,7 +27,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write the rows as JSON; what it holds already is not made again")
     args = parser.parse_args()
     known_by_cards = (variant["model"] for card in cards.read(ROOT) for variant in card.variants)
-    names = list(known_by_cards) if args.models == ["all"] else args.models
+    names = list(dict.fromkeys(known_by_cards)) if args.models == ["all"] else args.models
     unknown = [name for name in names if not timm.is_model(name)]
     if unknown:
         parser.error(f"no model is named {', '.join(unknown)}; timm.list_models() lists them, after import visionattn")

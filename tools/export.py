@@ -13,7 +13,7 @@ from visionattn import CheckpointError
 from visionattn.analysis import export, quantize
 from visionattn.analysis.bench import machine
 from visionattn.analysis.folder import FolderError
-from visionattn.analysis.subject import Subject, create
+from visionattn.analysis.subject import Subject, create, settle
 from visionattn.extras import MissingExtraError
 
 
@@ -47,6 +47,7 @@ def main() -> int:
             **args.model_kwargs,
         )  # fmt: skip
         if args.checkpoint is None:
+            settle(subject)
             print(f"no --checkpoint: {args.model} is exported with random weights", file=sys.stderr)
         written = export.export(
             subject.model, args.out, format=args.format, size=subject.size, dynamic_size=args.dynamic == "batch,size",

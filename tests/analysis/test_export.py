@@ -18,7 +18,7 @@ from visionattn.analysis import export as exporting
 from visionattn.analysis.export import ExportError, export
 from visionattn.analysis.folder import FolderError, read_folder, remapped, same_logits, write_folder
 from visionattn.analysis.quantize import session
-from visionattn.analysis.subject import create
+from visionattn.analysis.subject import Subject, create, settle
 from visionattn.layers.attention.window import WindowAttention
 from visionattn.testing import randn
 
@@ -146,6 +146,33 @@ def test_images_between_two_choices_say_nothing_of_a_file() -> None:
     wrong = Chooses(-between.level)
     with pytest.raises(ExportError, match=r"off by 2.0e\+00 of the largest value"):
         exporting._error(between, wrong, shape, "onnx", False)
+
+
+class Amplifies(nn.Module):
+    """Rounding, until nothing else is left."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (1e6 * x).flatten(1).sin()
+
+
+def test_a_model_that_amplifies_rounding_is_told_from_a_file_that_is_off() -> None:
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return Amplifies()(x * (1 + 1e-6))
+
+    with pytest.raises(ExportError, match=r"cannot be checked: noise of 2e-06 .* moves what the model itself returns"):
+        exporting._error(Amplifies(), run, (1, 3, 8, 8), "onnx", False)
+
+
+@torch.no_grad()
+def test_random_weights_get_averages_of_batch_norm_that_keep_activations_in_bounds() -> None:
+    norm = nn.BatchNorm2d(4)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), norm).eval()
+    model[0].weight *= 100
+    settle(Subject(model, (32, 32), {}, None))
+    assert not any(module.training for module in model.modules())
+    assert norm.momentum == 0.1
+    out = model(randn(4, 3, 32, 32, seed=1))
+    torch.testing.assert_close(out.std(dim=(0, 2, 3)), torch.ones(4), rtol=0.1, atol=0)
 
 
 @torch.no_grad()

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from visionattn.fuse import fuse
 from visionattn.models import CheckpointError, load_checkpoint
 from visionattn.models._checkpoint import read_header
+from visionattn.testing import randn
 
 DATA_CONFIG = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 
@@ -76,6 +79,31 @@ def create(
     if size is not None and size != native and hasattr(model, "set_input_size") and not name.startswith("maxvit"):
         model.set_input_size(size)
     return Subject(model, size or native, data_config, header.get("class_names"))
+
+
+@torch.no_grad()
+def settle(subject: Subject, images: int = 4) -> None:
+    """Set the averages that BatchNorm layers keep by random images: for models with random weights.
+
+    They start as if activations never grew. In deep models they do, until rounding alone moves the logits.
+
+    Args:
+        subject: Its model is in eval mode, and stays so.
+        images: How many.
+    """
+    model = subject.model
+    layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
+    if not layers:
+        return
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # the plain average
+        layer.train()
+    model(randn(images, int(getattr(model, "in_chans", 3)), *subject.size))
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+        layer.eval()
 
 
 def _pair(size: int | Sequence[int]) -> Size:
