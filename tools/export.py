@@ -47,8 +47,8 @@ def main() -> int:
             **args.model_kwargs,
         )  # fmt: skip
         if args.checkpoint is None:
-            settle(subject)
             print(f"no --checkpoint: {args.model} is exported with random weights", file=sys.stderr)
+            settle(subject)
         written = export.export(
             subject.model, args.out, format=args.format, size=subject.size, dynamic_size=args.dynamic == "batch,size",
             card={"data_config": subject.data_config, "label_names": subject.class_names},

@@ -173,6 +173,11 @@ def test_random_weights_get_averages_of_batch_norm_that_keep_activations_in_boun
     assert norm.momentum == 0.1
     out = model(randn(4, 3, 32, 32, seed=1))
     torch.testing.assert_close(out.std(dim=(0, 2, 3)), torch.ones(4), rtol=0.1, atol=0)
+    too_small = nn.Sequential(nn.Conv2d(3, 4, 5), norm).eval()
+    with pytest.raises(ValueError, match=r"does not run on images \(4, 3, 2, 2\): "):
+        settle(Subject(too_small, (2, 2), {}, None))
+    assert not norm.training
+    assert norm.momentum == 0.1
 
 
 @torch.no_grad()

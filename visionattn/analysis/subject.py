@@ -90,6 +90,9 @@ def settle(subject: Subject, images: int = 4) -> None:
     Args:
         subject: Its model is in eval mode, and stays so.
         images: How many.
+
+    Raises:
+        ValueError: the model does not run at that size.
     """
     model = subject.model
     layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
@@ -100,10 +103,15 @@ def settle(subject: Subject, images: int = 4) -> None:
         layer.reset_running_stats()
         layer.momentum = None  # the plain average
         layer.train()
-    model(randn(images, int(getattr(model, "in_chans", 3)), *subject.size))
-    for layer, momentum in zip(layers, momenta, strict=True):
-        layer.momentum = momentum
-        layer.eval()
+    shape = (images, int(getattr(model, "in_chans", 3)), *subject.size)
+    try:
+        model(randn(*shape))
+    except Exception as e:  # models raise what they like where a size does not suit them
+        raise ValueError(f"the model does not run on images {shape}: {e}") from e
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+            layer.eval()
 
 
 def _pair(size: int | Sequence[int]) -> Size:
