@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -5,7 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from visionattn.ops import UnsupportedError, _tiles, clipped_softmax_attention
+from visionattn.ops import UnsupportedError, _crossovers, _tiles, clipped_softmax_attention
+from visionattn.ops.clipped_softmax_attention.eager import WHOLE_WINS
 from visionattn.testing import assert_within_budget, check_operator, poisoned, randn
 
 # heads, queries, keys, channels, channels of values: many tiles, one query, odd sizes, more queries than keys
@@ -14,6 +17,13 @@ CLIPS = [(-0.01, 1.0), (-0.01, 1.2), (0.0, 1.003), (0.0, 1.0), (-0.2, 1.0)]
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 every_clip = pytest.mark.parametrize("clip", CLIPS, ids=str)
 every_impl = pytest.mark.parametrize("impl", ["reference", "eager"])
+
+
+@pytest.fixture(params=[0, math.inf], ids=["tiles", "whole"])
+def scoring(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores in the way of large maps, and in that of small ones."""
+    way = _crossovers.Crossover(request.param, "test")
+    monkeypatch.setitem(_crossovers.CROSSOVERS, (WHOLE_WINS, "cpu", None), way)
 
 
 def data(heads: int, N: int, S: int, d: int, dv: int, batch: int = 2) -> list[Tensor]:
@@ -28,6 +38,7 @@ def attend(impl: str, clip: tuple[float, float]):
 @every_clip
 @every_impl
 @every_shape
+@pytest.mark.usefixtures("scoring")
 def test_is_the_published_formula(shape, impl: str, clip) -> None:
     q, k, v = (x.double() for x in data(*shape))
     attn = (q @ k.mT / shape[3] ** 0.5).softmax(-1)
@@ -37,6 +48,7 @@ def test_is_the_published_formula(shape, impl: str, clip) -> None:
 
 @every_clip
 @every_shape
+@pytest.mark.usefixtures("scoring")
 def test_eager_is_right(shape, clip) -> None:
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     check_operator(attend("eager", clip), attend("reference", clip), data(*shape), dtypes=dtypes)
@@ -44,6 +56,7 @@ def test_eager_is_right(shape, clip) -> None:
 
 @every_shape
 def test_tiles_of_any_size_agree(shape, monkeypatch) -> None:
+    monkeypatch.delitem(_crossovers.CROSSOVERS, (WHOLE_WINS, "cpu", None))
     for size in (1, 3000, 2**30):
         monkeypatch.setattr(_tiles, "TILE_BYTES", size)
         assert_within_budget(attend("eager", (-0.01, 1.1)), attend("reference", (-0.01, 1.1)), data(*shape))
@@ -51,6 +64,7 @@ def test_tiles_of_any_size_agree(shape, monkeypatch) -> None:
 
 @every_clip
 @every_impl
+@pytest.mark.usefixtures("scoring")
 def test_gradcheck(impl: str, clip, monkeypatch) -> None:
     monkeypatch.setattr(_tiles, "TILE_BYTES", 100)
     tensors = [x.double().requires_grad_() for x in data(2, 4, 5, 3, 2, batch=1)]
@@ -77,12 +91,10 @@ def test_opcheck() -> None:
 @settings(max_examples=25, deadline=None)
 def test_any_shape_and_nothing_left_unwritten(N, S, heads, dim, gamma, zeta, tile) -> None:
     tensors = data(heads, N, S, dim, dim + 1)
-    before, _tiles.TILE_BYTES = _tiles.TILE_BYTES, tile
-    try:
-        with poisoned():
-            y = attend("eager", (gamma, zeta))(*tensors)
-    finally:
-        _tiles.TILE_BYTES = before
+    with pytest.MonkeyPatch.context() as patch, poisoned():
+        patch.setattr(_tiles, "TILE_BYTES", tile)
+        patch.delitem(_crossovers.CROSSOVERS, (WHOLE_WINS, "cpu", None))
+        y = attend("eager", (gamma, zeta))(*tensors)
     torch.testing.assert_close(y, attend("reference", (gamma, zeta))(*tensors), rtol=1e-4, atol=1e-5)
 
 
@@ -93,6 +105,7 @@ def test_no_clipping_is_plain_attention(impl: str) -> None:
 
 
 @every_impl
+@pytest.mark.usefixtures("scoring")
 def test_probabilities_are_in_range_and_zero_where_small(impl: str) -> None:
     q, k, _ = data(2, 30, 20, 8, 8)
     attn = attend(impl, (-0.1, 1.1))(q, k, torch.eye(20).expand(2, 2, 20, 20))
@@ -106,6 +119,7 @@ def test_probabilities_are_in_range_and_zero_where_small(impl: str) -> None:
 
 
 @every_impl
+@pytest.mark.usefixtures("scoring")
 def test_a_head_can_attend_to_nothing(impl: str) -> None:
     _, k, v = data(2, 30, 20, 8, 8)
     y = attend(impl, (-2 / 20, 1.0))(torch.zeros(2, 2, 30, 8), k, v)

@@ -232,6 +232,8 @@ def race(calls: Mapping[str, Callable[[], object]], what: dict[str, Any], device
         device: ``"cpu"`` or ``"cuda"``.
         rounds: Times that each contestant is measured.
     """
+    if device == "cpu":
+        _settle_allocator()
     baseline = next(iter(calls))
     peaks = {name: peak_bytes(call, device) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -257,6 +259,16 @@ def race(calls: Mapping[str, Callable[[], object]], what: dict[str, Any], device
     return rows
 
 
+def _settle_allocator() -> None:
+    """Let freed memory stay with the process, as it does in any that has worked on tensors of 32 MB for a while.
+
+    glibc gives blocks back to the system from a size on, which grows with what is freed, up to 32 MB. In a young
+    process a call may fault its pages in anew, or not, by how its blocks happen to lie: a factor of two and more that
+    says nothing of the operator. Without effect on other allocators.
+    """
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)  # freed at once; a block has a header and is aligned
+
+
 def _model_call(model: nn.Module, x: Tensor, direction: str) -> Callable[[], object]:
     def forward() -> object:
         with torch.no_grad():
@@ -280,9 +292,13 @@ def _call(run: Run, tensors: Sequence[Tensor], direction: str) -> Callable[[], o
         return forward
     leaves = [x.detach().requires_grad_() if x.is_floating_point() else x for x in tensors]
     wanted = [x for x in leaves if x.requires_grad]
+    with torch.no_grad():
+        out = run(*leaves)
+    # As a loss far behind would send them; those of a plain sum are one number in memory, which some products take ill.
+    dout = randn(*out.shape).to(out)
 
     def both() -> object:
-        return torch.autograd.grad(run(*leaves).sum(), wanted)
+        return torch.autograd.grad(run(*leaves), wanted, dout)
 
     return both
 

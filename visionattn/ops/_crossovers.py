@@ -36,8 +36,11 @@ CROSSOVERS: dict[tuple[str, str, str | None], Crossover] = {
     ("aggregated_attention: columns of the map; bands, planes", "cpu", None): Crossover(
         20, "two cores of an AMD EPYC, torch 2.11, 2026-11-29: bands took 0.8 of the time of planes at 14, 1.1 at 28"
     ),
+    ("clipped_softmax_attention: scores; whole, tiles", "cpu", None): Crossover(
+        1.5e6, "two cores of an AMD EPYC, torch 2.11, 2026-11-30: whole won at 9.3e5, tiles without backward at 1.9e6"
+    ),
     ("infinite_attention: scores; whole, tiles", "cpu", None): Crossover(
-        5e5, "two cores of an Intel Xeon, torch 2.11, 2026-11-29: whole won at 4.7e5, tiles with backward at 9e5"
+        1.5e6, "two cores of an AMD EPYC, torch 2.11, 2026-11-30: whole won at 1.2e6, with backward neither"
     ),
     ("routed_attention: regions for each routed one; mask, gather", "cpu", None): Crossover(4, _TWO_CORES),
 }

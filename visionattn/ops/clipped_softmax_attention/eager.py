@@ -1,5 +1,7 @@
 """Fast plain PyTorch: exact, in tiles of queries that see all keys; the backward pass computes the tiles again.
 
+Where all scores are fewer than a tile or two, they are computed at once, and kept.
+
 Clipping is one soft shrinkage: ``clip((zeta - gamma) p + gamma, 0, 1) = (zeta - gamma) min(relu(p - low), width)`` with
 ``low = -gamma / (zeta - gamma)`` and ``width = 1 / (zeta - gamma)``, and the factor moves to the output.
 """
@@ -8,9 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from visionattn.ops._crossovers import first_wins
 from visionattn.ops._dispatch import exporting
 from visionattn.ops._register import differentiable
 from visionattn.ops._tiles import tiles
+
+WHOLE_WINS = "clipped_softmax_attention: scores; whole, tiles"
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, gamma: float, zeta: float, scale: float) -> str | None:
@@ -19,10 +24,22 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, gamma: float, zeta: float, scale: f
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, gamma: float, zeta: float, scale: float) -> Tensor:
-    """Attend in tiles; without clipping, leave it to PyTorch."""
+    """Attend at once or in tiles; without clipping, leave it to PyTorch."""
     if gamma == 0 and zeta == 1:
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
-    return _tiled(q, k, v, gamma, zeta, scale)
+    whole = first_wins(WHOLE_WINS, q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2], q)
+    return (_whole if whole else _tiled)(q, k, v, gamma, zeta, scale)
+
+
+def _whole(q: Tensor, k: Tensor, v: Tensor, gamma: float, zeta: float, scale: float) -> Tensor:
+    exact = torch.promote_types(q.dtype, torch.float32)
+    queries, keys, values = _groups(q, exact), _groups(k, exact), _groups(v, exact)
+    logits = torch.baddbmm(queries.new_zeros(1, 1, 1), queries, keys.transpose(1, 2), beta=0, alpha=scale)
+    attn = F.softshrink(logits.softmax(dim=-1, dtype=exact), -gamma / (zeta - gamma))
+    if zeta > 1:
+        attn = attn.clamp(max=1 / (zeta - gamma))
+    out = torch.bmm(attn, values).mul_(zeta - gamma)
+    return out.view(*q.shape[:-1], v.shape[-1]).to(v.dtype)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, gamma: float, zeta: float, scale: float) -> Tensor:

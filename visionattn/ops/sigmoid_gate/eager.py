@@ -11,6 +11,9 @@ def why_not(y: Tensor, logits: Tensor, scale: float) -> str | None:
 def forward(y: Tensor, logits: Tensor, scale: float) -> Tensor:
     """Multiply by the gate."""
     gate = logits.sigmoid()
+    if gate.shape == y.shape and gate.dtype == y.dtype and not (y.requires_grad or gate.requires_grad):
+        gate = gate if scale == 1 else gate.mul_(scale)
+        return gate.mul_(y)
     if scale != 1:
         gate = gate * scale  # under the same name: the memory of the first serves the product
     if gate.requires_grad and gate.shape[1] == gate.shape[3] == 1:

@@ -36,7 +36,7 @@ def forward(
         return _attend(q, k, v, window, bias, grid, scale)
     if first_wins(MASK_WINS, q.numel(), q) and first_wins(PRODUCTS_WIN, window[0] * window[1], q):
         q, k, v = (x.roll((-shift[0], -shift[1]), dims=(2, 3)) for x in (q, k, v))
-        return _attend(q, k, v, window, bias, grid, scale, shift).roll(shift, dims=(2, 3))
+        return _attend(q, k, v, window, bias, grid, scale, shift)
     row_zones, col_zones = (_zones(q.shape[2 + i], window[i], shift[i]) for i in range(2))
     rows = []
     for (_, top, wh), *row in zip(row_zones, *(_split(x, row_zones, dim=2) for x in (q, k, v)), strict=True):
@@ -62,44 +62,47 @@ def _split(x: Tensor, zones: list[Zone], dim: int) -> tuple[Tensor, ...]:
     return x.split([zone[0] for zone in zones], dim=dim)  # unlike slices, one concatenation in the backward pass
 
 
-def _forbid(logits: Tensor, window: Size, shift: Size) -> None:
-    """Write ``-inf`` between tokens that a roll brought together from opposite sides: ``(B, gh, gw, h, n, n)``."""
-    # Not recorded: a weight of zero has no gradient in any case.
-    logits = logits.detach().unflatten(5, window).unflatten(4, window)
+def _mask(windows: Size, window: Size, shift: Size, like: Tensor) -> Tensor:
+    """``-inf`` between tokens that a roll brought together from opposite sides: ``(P, 1, n, n)``."""
+    tokens = like.new_zeros(*windows, *window, *window)
     for axis, (side, by) in enumerate(zip(window, shift, strict=True)):
         if by:  # the last windows hold both sides
-            last, query, key = logits.select(1 + axis, -1), 3 + axis, 5 + axis
+            last, query, key = tokens.select(axis, -1), 1 + axis, 3 + axis
             last.narrow(query, 0, side - by).narrow(key, side - by, by).fill_(-math.inf)
             last.narrow(query, side - by, by).narrow(key, 0, side - by).fill_(-math.inf)
+    return tokens.view(windows[0] * windows[1], 1, window[0] * window[1], -1)
 
 
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, window: Size, bias: Tensor | None, grid: bool, scale: float,
     shift: Size = (0, 0),
 ) -> Tensor:  # fmt: skip
+    """Attend in every window; with ``shift``, the maps have been rolled by it, and the result is rolled back."""
     B, h, H, W, _ = q.shape
     wh, ww = window
-    if window == (H, W) and bias is None and shift == (0, 0):  # nothing is cut: fused attention needs no copies
+    shifted = shift != (0, 0)
+    if window == (H, W) and bias is None and not shifted:  # nothing is cut: fused attention needs no copies
         q, k, v = (x.flatten(2, 3) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, scale=scale).unflatten(2, window)
     count, n = (H // wh) * (W // ww), wh * ww
     # Split an axis into (count, window) or, in a grid, (window, count), and bring the counts to the front.
-    split = ((wh, H // wh), (ww, W // ww)) if grid else ((H // wh, wh), (W // ww, ww))
+    split = (wh, H // wh, ww, W // ww) if grid else (H // wh, wh, W // ww, ww)
     to_windows = (0, 3, 5, 1, 2, 4, 6) if grid else (0, 2, 4, 1, 3, 5, 6)
     to_map = (0, 4, 1, 5, 2, 3, 6) if grid else (0, 1, 4, 2, 5, 3, 6)
-    q, k, v = (
-        x.view(B, h, *split[0], *split[1], x.shape[-1]).permute(to_windows).reshape(B * count, h, n, x.shape[-1])
-        for x in (q, k, v)
-    )  # (B * P, h, n, d)
-    if first_wins(PRODUCTS_WIN, n, q):
-        q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (B * P * h, n, d)
-        logits = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scale)  # scaled in passing
-        if bias is not None:
-            logits = (logits.view(-1, h, n, n) + bias).flatten(0, 1)  # in place, a view's gradient would be copied
-        if shift != (0, 0):
-            _forbid(logits.view(B, H // wh, W // ww, h, n, n), window, shift)
-        out = torch.bmm(logits.softmax(dim=-1), v)
-    else:
+    products = shifted or first_wins(PRODUCTS_WIN, n, q)
+    rows = (B * count * h, n) if products else (B * count, h, n)
+    q, k, v = (x.view(B, h, *split, x.shape[-1]).permute(to_windows).reshape(*rows, x.shape[-1]) for x in (q, k, v))
+    if not products:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    elif bias is None and not shifted:
+        logits = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scale)  # scaled in passing
+        out = torch.bmm(logits.softmax(dim=-1), v)
+    else:  # the product is added to what would be added to it
+        mask = _mask((H // wh, W // ww), window, shift, q) if shifted else q.new_zeros(count, 1, 1, 1)
+        added = mask.expand(B, *mask.shape) + (q.new_zeros(h, 1, 1) if bias is None else bias)
+        # No view, since autograd copies the gradients of one that is written to.
+        logits = torch.ops.aten._unsafe_view(added, (-1, n, n)).baddbmm_(q, k.transpose(1, 2), alpha=scale)
+        out = torch.bmm(logits.softmax(dim=-1), v)
     out = out.view(B, H // wh, W // ww, h, wh, ww, v.shape[-1]).permute(to_map)  # (B, H, W, h, dv), each axis in two
-    return out.reshape(B, H, W, h, v.shape[-1]).permute(0, 3, 1, 2, 4)
+    out = out.reshape(B, H, W, h, v.shape[-1])
+    return (out.roll(shift, dims=(1, 2)) if shifted else out).permute(0, 3, 1, 2, 4)
