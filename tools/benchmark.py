@@ -2,6 +2,7 @@
 
 The files in benchmarks/ come from these commands, on an idle machine, each with `--append --out FILE`:
 
+  ops --at-least 4                    ops_cpu.json
   models convit_tiny davit_tiny maxvit_tiny_tf_224 shvit_s1 --size 224 320 --batch 1 8 --compile   models_cpu.json
   resolution, resolution --cards      resolution_cpu.json
   train                               train_cpu.json
@@ -36,6 +37,9 @@ def main() -> None:
     text = "operators against their authors' formulation: time, ratio, peak memory"
     ops = commands.add_parser("ops", help=text, parents=[shared])
     ops.add_argument("operators", nargs="*", help="names from visionattn.ops.OPERATORS; all if none")
+    ops.add_argument(
+        "--at-least", type=float, default=0, metavar="SECONDS", help="that each race lasts on the CPU, by more rounds"
+    )
     ops.add_argument("--shape", default="", help="only cases whose shape holds this text")
     text = "models against themselves on reference operators, or timm's own against them fused"
     models = commands.add_parser("models", help=text, parents=[shared])
@@ -109,7 +113,9 @@ def _operators(args: argparse.Namespace) -> Iterator[bench.Row]:
         raise ValueError(f"no case has {args.shape!r} in its shape")
     for case in cases:
         if args.device == "cpu":
-            yield from bench.measure(case, device=args.device, dtype=args.dtype, rounds=args.rounds)
+            yield from bench.measure(
+                case, device=args.device, dtype=args.dtype, rounds=args.rounds, at_least=args.at_least
+            )
             continue
         for line in kernels.check(case, device=args.device):
             print(line, flush=True)

@@ -2,6 +2,7 @@ import copy
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,6 +51,27 @@ def test_race_has_a_row_for_each_contestant_and_direction() -> None:
         assert row.ms > 0
         assert row.speedup_low <= row.speedup <= row.speedup_high
     assert rows[0].speedup == 1.0
+
+
+def test_a_race_lasts_as_long_as_asked() -> None:
+    case = bench.Case("square", "small", lambda: [torch.ones(4)], lambda x: x**2, lambda x: x * x)
+    begun = time.perf_counter()
+    bench.measure(case, rounds=1, at_least=0.3)
+    assert time.perf_counter() - begun > 0.6  # forward, and with backward
+
+
+def test_gradients_are_dense() -> None:
+    seen = []
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        if y.requires_grad:
+            y.register_hook(lambda grad: seen.append(grad))
+        return y
+
+    bench.measure(bench.Case("double", "small", lambda: [torch.ones(8)], run, run), rounds=1)
+    assert seen
+    assert all(grad.stride() == (1,) and grad.unique().numel() > 1 for grad in seen)
 
 
 def test_rows_are_appended_to_those_of_the_same_machine_and_day(tmp_path) -> None:

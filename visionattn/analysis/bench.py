@@ -113,8 +113,17 @@ def operator_cases(names: Sequence[str] = (), device: str = "cpu") -> list[Case]
         return [case for module in modules for case in module.cases()]
 
 
-def measure(case: Case, *, device: str = "cpu", dtype: str = "fp32", rounds: int = 7) -> list[Row]:
+def measure(
+    case: Case, *, device: str = "cpu", dtype: str = "fp32", rounds: int = 7, at_least: float = 0.0
+) -> list[Row]:
     """Race an operator against its authors' formulation, after checking that all contestants agree.
+
+    Args:
+        case: What to measure.
+        device: ``"cpu"`` or ``"cuda"``.
+        dtype: A key of `DTYPES`.
+        rounds: Times that each contestant is measured, in turn.
+        at_least: Seconds that each race lasts, by more rounds if need be.
 
     Raises:
         AssertionError: a contestant does not compute what the authors' formulation computes; nothing is timed then.
@@ -138,6 +147,7 @@ def measure(case: Case, *, device: str = "cpu", dtype: str = "fp32", rounds: int
             },
             device,
             rounds,
+            at_least,
         )
     ]
 
@@ -223,7 +233,9 @@ def check_close(label: str, actual: Tensor, expected: Tensor, budget: float) -> 
         raise AssertionError(f"{label} is off by {off:.1e} of the largest value, allowed are {budget:.0e}")
 
 
-def race(calls: Mapping[str, Callable[[], object]], what: dict[str, Any], device: str, rounds: int) -> list[Row]:
+def race(
+    calls: Mapping[str, Callable[[], object]], what: dict[str, Any], device: str, rounds: int, at_least: float = 0.0
+) -> list[Row]:
     """Time calls in turn, round by round; the first one is the baseline.
 
     Args:
@@ -231,17 +243,20 @@ def race(calls: Mapping[str, Callable[[], object]], what: dict[str, Any], device
         what: The fields of `Row` that all rows share.
         device: ``"cpu"`` or ``"cuda"``.
         rounds: Times that each contestant is measured.
+        at_least: Seconds that the race lasts, by more rounds if need be.
     """
     if device == "cpu":
         _settle_allocator()
     baseline = next(iter(calls))
     peaks = {name: peak_bytes(call, device) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for round_number in range(rounds + 1):
-        for name, call in calls.items():
-            took = seconds(call, device)
-            if round_number:  # the first round warms up
-                times[name].append(took)
+    for call in calls.values():
+        seconds(call, device)  # warms up
+    begun, order = time.perf_counter(), list(calls)
+    while len(times[baseline]) < rounds or time.perf_counter() - begun < at_least:
+        for name in order:
+            times[name].append(seconds(calls[name], device))
+        order.reverse()
     rows = []
     for name, own in times.items():
         ratios = sorted(a / b for a, b in zip(times[baseline], own, strict=True))

@@ -22,7 +22,7 @@ from visionattn.ops.aggregated_attention._banded import banded
 from visionattn.ops.aggregated_attention._outside import fill_beside, fill_outside
 
 BANDS_WIN = "aggregated_attention: columns of the map; bands, planes"
-CHUNK_BYTES = {"cpu": 2**23}  # of weights in a chunk: within a last-level cache, and few enough chunks
+CHUNK_BYTES = {"cpu": 2**22}  # of weights in a chunk: two and their biases in a last-level cache, and few chunks
 CHUNK_BYTES_ELSEWHERE = 2**28
 STRIDED_BYTES = 2**19  # of columns that are copied at once
 KEPT = 4  # weights a token and channel that are kept for the backward pass: as many numbers as q, k, v and the result

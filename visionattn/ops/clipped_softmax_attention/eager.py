@@ -35,9 +35,8 @@ def _whole(q: Tensor, k: Tensor, v: Tensor, gamma: float, zeta: float, scale: fl
     exact = torch.promote_types(q.dtype, torch.float32)
     queries, keys, values = _groups(q, exact), _groups(k, exact), _groups(v, exact)
     logits = torch.baddbmm(queries.new_zeros(1, 1, 1), queries, keys.transpose(1, 2), beta=0, alpha=scale)
-    attn = F.softshrink(logits.softmax(dim=-1, dtype=exact), -gamma / (zeta - gamma))
-    if zeta > 1:
-        attn = attn.clamp(max=1 / (zeta - gamma))
+    attn, low = logits.softmax(dim=-1, dtype=exact), -gamma / (zeta - gamma)
+    attn = F.hardtanh(attn, low, (1 - gamma) / (zeta - gamma)).sub_(low) if zeta > 1 else F.softshrink(attn, low)
     out = torch.bmm(attn, values).mul_(zeta - gamma)
     return out.view(*q.shape[:-1], v.shape[-1]).to(v.dtype)
 
