@@ -60,6 +60,19 @@ def test_one_logit_for_many_is_many_alike(axes: list[bool], scale: float) -> Non
 
 
 @every_impl
+@pytest.mark.parametrize("dims", [(0, None), (None, 0), (0, 0)], ids=str)
+def test_runs_under_vmap(impl: str, dims: tuple[int | None, int | None]) -> None:
+    y, logits = (
+        x if dim is None else torch.stack([x, 2 * x, -x]) for x, dim in zip(data(*SHAPES[3]), dims, strict=True)
+    )
+    expected = [
+        gate(impl, 3.0)(*(x if dim is None else x[i] for x, dim in zip((y, logits), dims, strict=True)))
+        for i in range(3)
+    ]
+    torch.testing.assert_close(torch.vmap(gate(impl, 3.0), dims)(y, logits), torch.stack(expected))
+
+
+@every_impl
 def test_result_has_the_dtype_of_what_is_gated(impl: str) -> None:
     y, logits = data((2, 9, 3, 8), (1, 1, 3, 1))
     exact = gate(impl)(y.bfloat16().float(), logits)

@@ -65,6 +65,21 @@ def test_gradcheck(impl: str, options: dict) -> None:
     )
 
 
+@pytest.mark.parametrize("options", [{}, {"shift": 1}], ids=str)
+@pytest.mark.parametrize("of", ["maps", "bias"])
+@pytest.mark.usefixtures("shifting")
+def test_runs_under_vmap(of: str, options: dict) -> None:
+    *maps, bias = inputs((1, 2, 4, 4, 2), (2, 2))
+    dims = (0, 0, 0, None) if of == "maps" else (None, None, None, 0)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return window_attention(q, k, v, window=2, bias=bias, impl="eager", **options)
+
+    tensors = [x if dim is None else torch.stack([x, 2 * x]) for x, dim in zip([*maps, bias], dims, strict=True)]
+    expected = [run(*(x if dim is None else x[i] for x, dim in zip(tensors, dims, strict=True))) for i in range(2)]
+    torch.testing.assert_close(torch.vmap(run, dims)(*tensors), torch.stack(expected))
+
+
 def weights(q: Tensor, k: Tensor, **options: object) -> Tensor:
     """The implied N x N matrix of the whole map, ``(B, h, N, N)``: what the operator does to one-hot values."""
     B, h, H, W, _ = q.shape

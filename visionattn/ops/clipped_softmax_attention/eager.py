@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from visionattn.ops._crossovers import first_wins
 from visionattn.ops._dispatch import exporting
 from visionattn.ops._register import differentiable
-from visionattn.ops._tiles import tiles
+from visionattn.ops._tiles import joined, shares, tiles
 
 WHOLE_WINS = "clipped_softmax_attention: scores; whole, tiles"
 
@@ -48,10 +48,11 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, gamma: float, zeta: float, scale: 
     out = queries.new_empty(B * h, N, v.shape[-1])
     buffers = _buffers(queries, keys, 2)
     for group, rows in tiles(B * h, N, k.shape[2], queries.element_size()):
-        logits, attn = _views(buffers, queries[group, rows], keys)
-        _softmax(queries[group, rows], keys[group], scale, logits, attn)
+        part = shares(queries[group, rows])
+        logits, attn = _views(buffers, part, keys)
+        _softmax(part, keys[group], scale, logits, attn)
         _clip(attn, gamma, zeta, out=logits)
-        torch.bmm(logits, values[group], out=out[group, rows])
+        torch.bmm(logits, values[group].expand(len(part), -1, -1), out=shares(out[group, rows]))
     out *= zeta - gamma
     return out.view(B, h, N, v.shape[-1]).to(v.dtype)
 
@@ -68,18 +69,19 @@ def _backward(
     buffers = _buffers(queries, keys, 3)
     low, high = -gamma / (zeta - gamma), (1 - gamma) / (zeta - gamma)
     for group, rows in tiles(B * h, N, k.shape[2], queries.element_size()):
-        attn, clipped, dattn = _views(buffers, queries[group, rows], keys)
-        _softmax(queries[group, rows], keys[group], scale, clipped, attn)
+        part, grad = shares(queries[group, rows]), shares(grads[group, rows])
+        attn, clipped, dattn = _views(buffers, part, keys)
+        _softmax(part, keys[group], scale, clipped, attn)
         _clip(attn, gamma, zeta, out=clipped)
-        dv[group].baddbmm_(clipped.transpose(1, 2), grads[group, rows])
-        torch.bmm(grads[group, rows], values[group].transpose(1, 2), out=dattn)
+        dv[group].baddbmm_(joined(clipped, group).transpose(1, 2), grads[group, rows])
+        torch.bmm(grad, values[group].transpose(1, 2).expand(len(part), -1, -1), out=dattn)
         if zeta > 1:
             torch.ops.aten.hardtanh_backward.grad_input(dattn, attn, low, high, grad_input=clipped)
         else:
             torch.ops.aten.softshrink_backward.grad_input(dattn, attn, low, grad_input=clipped)
         torch.ops.aten._softmax_backward_data.out(clipped, attn, -1, exact, grad_input=dattn)
-        torch.bmm(dattn, keys[group], out=dq[group, rows])
-        dk[group].baddbmm_(dattn.transpose(1, 2), queries[group, rows], alpha=scale)
+        torch.bmm(dattn, keys[group].expand(len(part), -1, -1), out=shares(dq[group, rows]))
+        dk[group].baddbmm_(joined(dattn, group).transpose(1, 2), queries[group, rows], alpha=scale)
     dq *= scale
     return dq.view(q.shape).to(q.dtype), dk.view(k.shape).to(k.dtype), dv.view(v.shape).to(v.dtype)
 
@@ -103,7 +105,7 @@ def _views(buffers: Tensor, queries: Tensor, keys: Tensor) -> list[Tensor]:
 
 
 def _softmax(queries: Tensor, keys: Tensor, scale: float, logits: Tensor, out: Tensor) -> None:
-    torch.baddbmm(logits, queries, keys.transpose(1, 2), beta=0, alpha=scale, out=logits)
+    torch.baddbmm(logits, queries, keys.transpose(1, 2).expand(len(queries), -1, -1), beta=0, alpha=scale, out=logits)
     torch.ops.aten._softmax.out(logits, -1, False, out=out)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from visionattn.ops._crossovers import first_wins
 from visionattn.ops._dispatch import exporting
 from visionattn.ops._register import differentiable
-from visionattn.ops._tiles import tiles
+from visionattn.ops._tiles import joined, shares, tiles
 
 WHOLE_WINS = "infinite_attention: scores; whole, tiles"
 
@@ -51,9 +51,10 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float) -> tuple
     squares = queries.new_zeros(B * h)
     scores_buffer = _buffer(queries, keys)
     for group, rows in tiles(B * h, N, k.shape[2], queries.element_size()):
-        scores = _scores(queries[group, rows], keys[group], scale, scores_buffer)
-        squares[group] += torch.linalg.vector_norm(scores, dim=2).square_().sum(dim=1)  # in two steps: more exact
-        torch.bmm(scores, values[group], out=out[group, rows])
+        scores = _scores(shares(queries[group, rows]), keys[group], scale, scores_buffer)
+        norms = joined(torch.linalg.vector_norm(scores, dim=2, keepdim=True), group)
+        squares[group] += norms.square_().sum(dim=(1, 2))  # in two steps: more exact
+        torch.bmm(scores, values[group].expand(len(scores), -1, -1), out=shares(out[group, rows]))
     norm = squares.sqrt_()
     out /= (norm + eps)[:, None, None]
     return out.view(B, h, N, v.shape[-1]).to(v.dtype), norm.view(B, h)
@@ -74,14 +75,15 @@ def _backward(
     dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
     scores_buffer, dscores_buffer = _buffer(queries, keys), _buffer(queries, keys)
     for group, rows in tiles(B * h, N, k.shape[2], queries.element_size()):
-        scores = _scores(queries[group, rows], keys[group], scale, scores_buffer)
-        dv[group].baddbmm_(scores.transpose(1, 2), grads[group, rows])
+        scores = _scores(shares(queries[group, rows]), keys[group], scale, scores_buffer)
+        dv[group].baddbmm_(joined(scores, group).transpose(1, 2), grads[group, rows])
         dscores = dscores_buffer[: scores.numel()].view(scores.shape)
-        torch.bmm(grads[group, rows], values[group].transpose(1, 2), out=dscores)
+        near, far = (x[group].expand(len(scores), -1, -1) for x in (keys, values))
+        torch.bmm(shares(grads[group, rows]), far.transpose(1, 2), out=dscores)
         torch.ops.aten.threshold_backward.grad_input(dscores, scores, 0, grad_input=dscores)
         dscores.addcmul_(scores, shrink[group], value=-1)
-        torch.bmm(dscores, keys[group], out=dq[group, rows])
-        dk[group].baddbmm_(dscores.transpose(1, 2), queries[group, rows], alpha=scale)
+        torch.bmm(dscores, near, out=shares(dq[group, rows]))
+        dk[group].baddbmm_(joined(dscores, group).transpose(1, 2), queries[group, rows], alpha=scale)
     dq *= scale
     return dq.view(q.shape).to(q.dtype), dk.view(k.shape).to(k.dtype), dv.view(v.shape).to(v.dtype)
 
@@ -102,7 +104,8 @@ def _scores(queries: Tensor, keys: Tensor, scale: float, buffer: Tensor) -> Tens
     """Rectified scores ``(groups, queries, keys)`` of a tile, in ``buffer``."""
     shape = (*queries.shape[:2], keys.shape[1])
     scores = buffer[: shape[0] * shape[1] * shape[2]].view(shape)
-    return torch.baddbmm(scores, queries, keys.transpose(1, 2), beta=0, alpha=scale, out=scores).relu_()
+    near = keys.transpose(1, 2).expand(len(queries), -1, -1)
+    return torch.baddbmm(scores, queries, near, beta=0, alpha=scale, out=scores).relu_()
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float, eps: float) -> tuple[Tensor, Tensor]:

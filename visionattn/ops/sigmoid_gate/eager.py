@@ -11,11 +11,8 @@ def why_not(y: Tensor, logits: Tensor, scale: float) -> str | None:
 def forward(y: Tensor, logits: Tensor, scale: float) -> Tensor:
     """Multiply by the gate."""
     gate = logits.sigmoid()
-    if gate.shape == y.shape and gate.dtype == y.dtype and not (y.requires_grad or gate.requires_grad):
-        gate = gate if scale == 1 else gate.mul_(scale)
-        return gate.mul_(y)
-    if scale != 1:
-        gate = gate * scale  # under the same name: the memory of the first serves the product
+    if scale != 1:  # under the same name: the memory of the first serves the product below
+        gate = gate * scale if gate.requires_grad else gate.mul_(scale)
     if gate.requires_grad and gate.shape[1] == gate.shape[3] == 1:
         # Its gradient is then summed over tokens first and over channels last, which is faster than over both at once.
         gate = gate.expand(-1, -1, -1, y.shape[3])
