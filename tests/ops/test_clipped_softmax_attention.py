@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from visionattn.ops import UnsupportedError, _crossovers, _tiles, clipped_softmax_attention
-from visionattn.ops.clipped_softmax_attention.eager import WHOLE_WINS
+from visionattn.ops.clipped_softmax_attention.eager import KEPT_WINS, WHOLE_WINS
 from visionattn.testing import assert_within_budget, check_operator, poisoned, randn
 
 # heads, queries, keys, channels, channels of values: many tiles, one query, odd sizes, more queries than keys
@@ -22,8 +22,8 @@ every_impl = pytest.mark.parametrize("impl", ["reference", "eager"])
 @pytest.fixture(params=[0, math.inf], ids=["tiles", "whole"])
 def scoring(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores in the way of large maps, and in that of small ones."""
-    way = _crossovers.Crossover(request.param, "test")
-    monkeypatch.setitem(_crossovers.CROSSOVERS, (WHOLE_WINS, "cpu", None), way)
+    for name in (WHOLE_WINS, KEPT_WINS):
+        monkeypatch.setitem(_crossovers.CROSSOVERS, (name, "cpu", None), _crossovers.Crossover(request.param, "test"))
 
 
 def data(heads: int, N: int, S: int, d: int, dv: int, batch: int = 2) -> list[Tensor]:
@@ -56,7 +56,8 @@ def test_eager_is_right(shape, clip) -> None:
 
 @every_shape
 def test_tiles_of_any_size_agree(shape, monkeypatch) -> None:
-    monkeypatch.delitem(_crossovers.CROSSOVERS, (WHOLE_WINS, "cpu", None))
+    for name in (WHOLE_WINS, KEPT_WINS):
+        monkeypatch.delitem(_crossovers.CROSSOVERS, (name, "cpu", None))
     for size in (1, 3000, 2**30):
         monkeypatch.setattr(_tiles, "TILE_BYTES", size)
         assert_within_budget(attend("eager", (-0.01, 1.1)), attend("reference", (-0.01, 1.1)), data(*shape))

@@ -39,6 +39,9 @@ CROSSOVERS: dict[tuple[str, str, str | None], Crossover] = {
     ("clipped_softmax_attention: scores; whole, tiles", "cpu", None): Crossover(
         1.5e6, "two cores of an AMD EPYC, torch 2.11, 2026-11-30: whole won at 9.3e5, tiles without backward at 1.9e6"
     ),
+    ("clipped_softmax_attention: scores, with gradients; whole and kept, tiles computed again", "cpu", None): Crossover(
+        7e6, "two cores of an AMD EPYC, torch 2.11, 2026-11-30: whole won at 6.3e6"
+    ),
     ("infinite_attention: scores; whole, tiles", "cpu", None): Crossover(
         1.5e6, "two cores of an AMD EPYC, torch 2.11, 2026-11-30: whole won at 1.2e6, with backward neither"
     ),

@@ -16,6 +16,7 @@ from visionattn.ops._register import differentiable
 from visionattn.ops._tiles import joined, shares, tiles
 
 WHOLE_WINS = "clipped_softmax_attention: scores; whole, tiles"
+KEPT_WINS = "clipped_softmax_attention: scores, with gradients; whole and kept, tiles computed again"
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, gamma: float, zeta: float, scale: float) -> str | None:
@@ -27,7 +28,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, gamma: float, zeta: float, scale: f
     """Attend at once or in tiles; without clipping, leave it to PyTorch."""
     if gamma == 0 and zeta == 1:
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
-    whole = first_wins(WHOLE_WINS, q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2], q)
+    differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+    whole = first_wins(KEPT_WINS if differentiated else WHOLE_WINS, scores, q)
     return (_whole if whole else _tiled)(q, k, v, gamma, zeta, scale)
 
 
