@@ -425,9 +425,10 @@ def write(
     Raises:
         ValueError: the rows in the file were made on another machine, by other versions or on another day.
     """
-    new = as_dicts(rows)
     old: dict[str, Any] = read(path, where, same=same) if append else {"machine": where, "rows": []}
-    again = {tuple(row[k] for k in keys) for row in new}
-    kept = [row for row in old["rows"] if tuple(row[k] for k in keys) not in again]
+    new = {tuple(row[k] for k in keys): row for row in as_dicts(rows)}
+    kept = [new.pop(tuple(row[k] for k in keys), row) for row in old["rows"]]  # what is measured again keeps its place
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**old, **more, "machine": dict(where), "rows": kept + new}, indent=1) + "\n")
+    path.write_text(
+        json.dumps({**old, **more, "machine": dict(where), "rows": kept + list(new.values())}, indent=1) + "\n"
+    )
