@@ -70,7 +70,7 @@ def test_eager_is_right(shape, form: str) -> None:
 
 @every_shape
 def test_tiles_of_any_size_agree(shape, monkeypatch) -> None:
-    monkeypatch.delitem(_crossovers.CROSSOVERS, (WHOLE_WINS, "cpu", None))
+    monkeypatch.setitem(_crossovers.CROSSOVERS, (WHOLE_WINS, "cpu", None), _crossovers.Crossover(0, "test"))
     for size in (1, 3000, 2**30):
         monkeypatch.setattr(_tiles, "TILE_BYTES", size)
         assert_within_budget(attend("eager", "pure"), attend("reference", "pure"), data(*shape)[:3])
@@ -110,7 +110,7 @@ def test_any_shape_and_nothing_left_unwritten(N, S, heads, dim, tile) -> None:
     tensors = data(heads, N, S, dim, dim + 1)
     with pytest.MonkeyPatch.context() as patch, poisoned():
         patch.setattr(_tiles, "TILE_BYTES", tile)
-        patch.delitem(_crossovers.CROSSOVERS, (WHOLE_WINS, "cpu", None))
+        patch.setitem(_crossovers.CROSSOVERS, (WHOLE_WINS, "cpu", None), _crossovers.Crossover(0, "test"))
         y = infinite_attention(*tensors, impl="eager")
     torch.testing.assert_close(y, infinite_attention(*tensors, impl="reference"), rtol=1e-4, atol=1e-6)
 
