@@ -1,6 +1,6 @@
 """Fast plain PyTorch: exact, in tiles of queries that see all keys; the backward pass computes the tiles again.
 
-Where all scores are fewer than a tile or two, they are computed at once, and kept.
+Few scores are computed at once; where gradients are asked for also more, which are then kept instead.
 
 Clipping is one soft shrinkage: ``clip((zeta - gamma) p + gamma, 0, 1) = (zeta - gamma) min(relu(p - low), width)`` with
 ``low = -gamma / (zeta - gamma)`` and ``width = 1 / (zeta - gamma)``, and the factor moves to the output.
