@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from visionattn.ops import _crossovers, aggregated_attention
-from visionattn.ops.aggregated_attention import eager
+from visionattn.ops import _tiles, aggregated_attention
+from visionattn.ops.aggregated_attention import _chunked, eager
 from visionattn.testing import assert_within_budget, check_operator, randn
 
 NAMES = ("q", "k", "v", "k_pool", "v_pool", "bias_local", "bias_pool", "extra")
@@ -24,13 +24,11 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(scope="module", params=[0, math.inf], ids=["planes", "bands"], autouse=True)
+@pytest.fixture(scope="module", params=[0, math.inf], ids=["chunked", "whole"], autouse=True)
 def way(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Large maps and small ones are computed in two ways; every test sees both."""
+    """Many pooled tokens and few are computed in two ways; every test sees both."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(
-            _crossovers.CROSSOVERS, (eager.BANDS_WIN, "cpu", None), _crossovers.Crossover(request.param, "test")
-        )
+        patch.setattr(eager, "KEPT", request.param)
         yield
 
 
@@ -58,10 +56,8 @@ def reference(*tensors: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kept", [0, math.inf], ids=["computed again", "kept"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_parity(shape: tuple[int, ...], kept: float, dtype: torch.dtype, monkeypatch) -> None:
-    monkeypatch.setattr(eager, "KEPT", kept)
+def test_parity(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     tensors = inputs(*shape)
     assert_within_budget(run, reference, tensors, dtype=dtype, names=NAMES)
     assert_within_budget(run, reference, tensors[:-1], dtype=dtype, names=NAMES[:-1])
@@ -81,13 +77,12 @@ def test_parity_where_heads_lie_inside_tokens() -> None:
     assert_within_budget(permuted(run), permuted(reference), tensors, names=NAMES)
 
 
-@pytest.mark.parametrize("kept", [0, math.inf], ids=["computed again", "kept"])
-@pytest.mark.parametrize("budget", [1, 2_000, 20_000, 200_000])
-def test_parity_however_the_work_is_cut(monkeypatch, budget: int, kept: float) -> None:
-    monkeypatch.setattr(eager, "KEPT", kept)
-    monkeypatch.setitem(eager.CHUNK_BYTES, "cpu", budget)
-    for window in (3, 5):
-        assert_within_budget(run, reference, inputs(5, 4, 9, 6, 8, 6, 5, window), names=NAMES)
+@pytest.mark.parametrize("budget", [1, 300, 2_000, 20_000, 200_000])
+def test_parity_however_the_work_is_cut(monkeypatch, budget: int) -> None:
+    monkeypatch.setitem(_chunked.CHUNK_BYTES, "cpu", budget)
+    monkeypatch.setattr(_tiles, "TILE_BYTES", budget)
+    for B, window in ((5, 3), (1, 3), (1, 5)):
+        assert_within_budget(run, reference, inputs(B, 4, 9, 6, 8, 6, 5, window), names=NAMES)
 
 
 def test_what_every_implementation_must_pass() -> None:
@@ -106,15 +101,12 @@ def test_what_every_implementation_must_pass() -> None:
     check_operator(of_maps("eager"), of_maps("reference"), (q, k, v, bias_local, bias_pool), batched=batched)
     tensors = [x.requires_grad_() for x in (q, k, v, k_pool, v_pool, bias_local, bias_pool, extra)]
     ops, args = torch.ops.visionattn, [x.detach() for x in tensors]
-    for keep in (False, True):
+    for name in ("aggregated_attention_chunked", "aggregated_attention_whole"):
+        forward, backward = getattr(ops, name), getattr(ops, f"{name}_backward")
         for some_args in (args, [*args[:-1], None]):
-            torch.library.opcheck(ops.aggregated_attention_chunked, [*some_args, keep])
-            _, kept = ops.aggregated_attention_chunked(*some_args, keep)
-            torch.library.opcheck(ops.aggregated_attention_chunked_backward, [randn(*v.shape), *some_args, keep, kept])
-    for some_args in (args, [*args[:-1], None]):
-        torch.library.opcheck(ops.aggregated_attention_banded, some_args)
-        _, attn = ops.aggregated_attention_banded(*some_args)
-        torch.library.opcheck(ops.aggregated_attention_banded_backward, [randn(*v.shape), *some_args, attn])
+            torch.library.opcheck(forward, some_args)
+            _, *saved = forward(*some_args)
+            torch.library.opcheck(backward, [randn(*v.shape), *some_args, *saved])
 
 
 def test_an_empty_batch_gives_biases_no_gradient() -> None:

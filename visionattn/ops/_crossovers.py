@@ -33,9 +33,6 @@ CROSSOVERS: dict[tuple[str, str, str | None], Crossover] = {
     ("window_attention: elements of the queries, shifted; all windows masked, zones", "cpu", None): Crossover(
         4e5, "two cores of an AMD EPYC, torch 2.11, 2026-11-29: masked won at 3e5, zones at 6e5"
     ),
-    ("aggregated_attention: columns of the map; bands, planes", "cpu", None): Crossover(
-        20, "two cores of an AMD EPYC, torch 2.11, 2026-11-29: bands took 0.8 of the time of planes at 14, 1.1 at 28"
-    ),
     ("clipped_softmax_attention: scores; whole, tiles", "cpu", None): Crossover(
         1.5e6, "two cores of an AMD EPYC, torch 2.11, 2026-11-30: whole won at 9.3e5, tiles without backward at 1.9e6"
     ),

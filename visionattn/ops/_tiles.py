@@ -16,11 +16,11 @@ def tiles(groups: int, queries: int, keys: int, itemsize: int) -> Iterator[tuple
     """
     row = max(1, keys * itemsize)
     if queries * row <= TILE_BYTES:
-        step = _even(groups, TILE_BYTES // max(1, queries * row))
+        step = even(groups, TILE_BYTES // max(1, queries * row))
         for start in range(0, groups, step):
             yield slice(start, min(start + step, groups)), slice(0, queries)
         return
-    step = _even(queries, TILE_BYTES // row)
+    step = even(queries, TILE_BYTES // row)
     for group in range(groups):
         for start in range(0, queries, step):
             yield slice(group, group + 1), slice(start, min(start + step, queries))
@@ -43,7 +43,7 @@ def joined(x: Tensor, group: slice) -> Tensor:
     return x.view(group.stop - group.start, -1, x.shape[2])
 
 
-def _even(length: int, most: int) -> int:
+def even(length: int, most: int) -> int:
     """Length of equal pieces, as few as it takes to stay at about ``most``; one that the threads can share."""
     pieces = -(-length // max(1, most))
     step = -(-length // max(1, pieces))
