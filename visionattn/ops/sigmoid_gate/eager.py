@@ -13,8 +13,9 @@ def forward(y: Tensor, logits: Tensor, scale: float) -> Tensor:
     gate = logits.sigmoid()
     if scale != 1:  # under the same name: the memory of the first serves the product below
         gate = gate * scale if gate.requires_grad else gate.mul_(scale)
-    if gate.requires_grad and gate.shape[1] == gate.shape[3] == 1:
-        # Its gradient is then summed over tokens first and over channels last, which is faster than over both at once.
-        gate = gate.expand(-1, -1, -1, y.shape[3])
+    if gate.shape[1] == gate.shape[3] == 1:
+        # A factor for each of a token's numbers makes longer loops than one a head; and its gradient is summed over
+        # tokens first and over channels last, which is faster than over both at once.
+        gate = gate.expand(-1, -1, -1, y.shape[3]).contiguous()
     gated = y * gate
     return gated if gated.dtype == y.dtype else gated.to(y.dtype)
