@@ -125,9 +125,7 @@ def _forward(
     window = Window(q, bias_local.shape[1])
     queries, v_pool = window.plane(q), v_pool.to(window.dtype)
     local = queries.new_empty(*queries.shape[:2], window.cells, window.N)
-    window.products(queries, window.padded(k), local)
-    local += bias_local[..., None]
-    window.fill_outside(local, -math.inf)
+    window.logits(queries, window.padded(k), bias_local, out=local)
     logit, share = local.logsumexp(dim=2, keepdim=True), queries.new_empty(*queries.shape[:2], window.N)
     torch.softmax(local, dim=2, out=local)
     pool = _Pool(queries, k_pool, bias_pool, logit)
@@ -195,14 +193,11 @@ def _backward(
         _add_product(chunk.of(dk_pool), chunk.of(queries)[..., at].transpose(1, 2), dlogits)
         _multiply(dlogits, chunk.of(keys_pool), out=chunk.of(dq)[:, at])
     dq = dq.transpose(2, 3).contiguous()
-    window.gather(dq, dlocal, keys)
-    dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
-    window.scatter(queries, dlocal, dk)
-    window.scatter(grads, window.weights(local, extra), dv)
+    dq, dk, dv = window.gradients(queries, keys, grads, dq, dlocal, window.weights(local, extra))
     return (
-        window.map(dq).to(q.dtype),
-        window.inside(dk).to(k.dtype),
-        window.inside(dv).to(v.dtype),
+        dq.to(q.dtype),
+        dk.to(k.dtype),
+        dv.to(v.dtype),
         dk_pool.transpose(2, 3).contiguous().to(k.dtype),
         dv_pool.transpose(2, 3).contiguous().to(v.dtype),
         dlocal.sum(dim=(0, 3)).to(bias_local.dtype),
@@ -212,14 +207,7 @@ def _backward(
 
 
 def _fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    bias_local: Tensor,
-    bias_pool: Tensor,
-    extra: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, bias_local: Tensor, *_: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (B, h, H, W, dv), cells = v.shape, bias_local.shape[1]
     shapes = (B, h, cells, H * W), (B, h, 1, H * W), (B, h, H * W, dv)

@@ -3,8 +3,6 @@
 Weights are planes as well, ``(B, heads, cells + P, N)``, the window first: one softmax over planes, nothing to join.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -29,9 +27,7 @@ def _forward(
     k_pool, v_pool = (x.to(window.dtype).flatten(0, 1) for x in (k_pool, v_pool))
     attn = queries.new_empty(*queries.shape[:2], window.cells + k_pool.shape[1], window.N)
     local, pooled = attn.tensor_split((window.cells,), dim=2)
-    window.products(queries, window.padded(k), local)
-    local += bias_local[..., None]
-    window.fill_outside(local, -math.inf)
+    window.logits(queries, window.padded(k), bias_local, out=local)
     logits = exact_bmm(k_pool, queries.flatten(0, 1)).view(pooled.shape)
     torch.add(logits, bias_pool.transpose(1, 2), out=pooled)
     torch.softmax(attn, dim=2, out=attn)
@@ -71,14 +67,11 @@ def _backward(
     dv_pool = exact_bmm(pooled, grads.flatten(0, 1).transpose(1, 2)).view(v_pool.shape)
     dbias_pool = dpooled if window.B == 1 else dpooled.unflatten(0, by_head).sum(dim=0)
     dq = exact_bmm(keys_pool.transpose(1, 2), dpooled).unflatten(0, by_head)
-    window.gather(dq, dlocal, keys)
-    dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
-    window.scatter(queries, dlocal, dk)
-    window.scatter(grads, window.weights(local, extra), dv)
+    dq, dk, dv = window.gradients(queries, keys, grads, dq, dlocal, window.weights(local, extra))
     return (
-        window.map(dq).to(q.dtype),
-        window.inside(dk).to(k.dtype),
-        window.inside(dv).to(v.dtype),
+        dq.to(q.dtype),
+        dk.to(k.dtype),
+        dv.to(v.dtype),
         dk_pool.to(k.dtype),
         dv_pool.to(v.dtype),
         dlocal.sum(dim=(0, 3)).to(bias_local.dtype),
@@ -88,16 +81,9 @@ def _backward(
 
 
 def _fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    bias_local: Tensor,
-    bias_pool: Tensor,
-    extra: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, bias_local: Tensor, *_: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    B, h, H, W, _ = q.shape
+    B, h, H, W = q.shape[:4]
     exact = torch.promote_types(q.dtype, torch.float32)
     columns = bias_local.shape[1] + k_pool.shape[2]
     return planes_like(v), q.new_empty(B, h, columns, H * W, dtype=exact)

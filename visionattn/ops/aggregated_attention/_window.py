@@ -42,9 +42,30 @@ class Window:
         """``(B, h, d, N)`` to ``(B, h, H, W, d)``."""
         return x.transpose(2, 3).unflatten(2, (self.H, self.W))
 
-    def inside(self, x: Tensor) -> Tensor:
-        """The planes in ``(B, h, d, N + 2 * margin)`` as a map of their own."""
-        return self.map(self.inner(x).contiguous())
+    def logits(self, q: Tensor, k: Tensor, bias: Tensor, out: Tensor) -> None:
+        """Write those of planes ``q`` and padded ``k``, with the bias ``(h, cells)``; -inf outside the map."""
+        self.products(q, k, out)
+        out += bias[..., None]
+        self.fill_outside(out, -math.inf)
+
+    def gradients(
+        self, q: Tensor, k: Tensor, grads: Tensor, dq: Tensor, dlogits: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return those of queries, keys and values as maps.
+
+        Args:
+            q: Queries, planes.
+            k: Keys, padded.
+            grads: The result's gradient, planes.
+            dq: What the pool adds to the queries' gradient, planes; the window's part is added to it.
+            dlogits: Of the window, ``(B, h, cells, N)``.
+            weights: As `weights` returns them.
+        """
+        self.gather(dq, dlogits, k)
+        dk, dv = torch.zeros_like(k), k.new_zeros(*grads.shape[:3], k.shape[3])
+        self.scatter(q, dlogits, dk)
+        self.scatter(grads, weights, dv)
+        return self.map(dq), self.map(self.inner(dk).contiguous()), self.map(self.inner(dv).contiguous())
 
     def products(self, x: Tensor, padded: Tensor, out: Tensor) -> None:
         """Write the dot products with the neighbours: ``(B, h, cells, N)``."""

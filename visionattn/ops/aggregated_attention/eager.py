@@ -9,16 +9,7 @@ from visionattn.ops.aggregated_attention._whole import whole
 KEPT = 4  # weights a token and channel that are kept for the backward pass: as many numbers as q, k, v and the result
 
 
-def why_not(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    bias_local: Tensor,
-    bias_pool: Tensor,
-    extra: Tensor | None,
-) -> str | None:
+def why_not(*tensors: Tensor | None) -> str | None:
     """Everything runs, but opaque operators cannot be exported."""
     return "its chunk loop is opaque to exporters" if exporting() else None
 
